@@ -1,0 +1,12 @@
+"""What the tests of the repository as a whole share."""
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def repository_files():
+    "Every file that git tracks or would add, relative to `ROOT`."
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sorted(path for path in map(Path, listed.split("\0")[:-1]) if (ROOT / path).is_file())

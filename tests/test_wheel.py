@@ -1,0 +1,66 @@
+"""The wheel works where the repository is not: what ships is complete, and the command runs from any folder."""
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import pytest
+from conftest import ROOT, repository_files
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The wheel, built from a copy of what git lists, so that neither leftovers nor this checkout matter."
+    checkout, dist = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
+    for path in repository_files():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, checkout / path)
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, checkout], check=True)
+    return next(dist.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    "The folder of a fresh environment's commands, the wheel installed in it."
+    root = tmp_path_factory.mktemp("environment")
+    venv.create(root, symlinks=True)
+    commands = root / "bin"
+    subprocess.run([sys.executable, "-m", "pip", "--python", commands / "python", "install", "--quiet", "--no-deps",
+                    "--no-index", wheel], check=True)
+    # torch and the rest are borrowed from the running environment. A folder named in a .pth file is searched, but
+    # its own .pth files are not read, and so this checkout's editable install stays out of sight.
+    [packages] = root.glob("lib/python*/site-packages")
+    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return commands
+
+
+def run(command, folder):
+    "What `command` prints in `folder`, with no hub to ask and no path to this checkout."
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_all_of_data(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "fade/data/miniature/model_index.json" in names
+    data = {f"fade/{path.as_posix()}" for path in repository_files() if path.parts[0] == "data"}
+    assert data <= names
+    assert not [name for name in names if name.startswith(("data/", "nbs/", "tests/"))]
+
+
+def test_imports_from_where_it_is_installed(installed, tmp_path):
+    where, version = run([installed / "python", "-c", "import fade; print(fade.__file__, fade.__version__, sep='\\n')"],
+                         tmp_path).splitlines()
+    assert where.startswith(str(installed.parent))
+    import fade
+    assert version == fade.__version__
+
+
+def test_command_runs_from_an_empty_folder(installed, tmp_path):
+    assert run([installed / "fade", "concepts"], tmp_path).strip()
+    assert not list(tmp_path.iterdir())
