@@ -9,6 +9,7 @@ __all__ = ['templates', 'heldout_templates', 'ConceptSet', 'read_world', 'clean_
 # %% ../nbs/01_concepts.ipynb #e2520a79
 import difflib, re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import yaml
 from .core import *
@@ -35,6 +36,7 @@ class ConceptSet:
         return sum(w for k,w in self.weights.items() if x[k]!=y[k])
 
 # %% ../nbs/01_concepts.ipynb #f64a4b83
+@lru_cache
 def read_world(
     path:Path, # a YAML file as in `data/worlds`
 )->ConceptSet:

@@ -147,13 +147,13 @@ def train_clip(
 def train_vae(
     data:Pictures,
     folder:str|Path,     # where the autoencoder is saved
-    steps:int=3000, batch:int=16, lr:float=1e-3, seed:int=0,
+    steps:int=3500, batch:int=16, lr:float=2e-3, seed:int=0,
     checkpoint:str|Path='', # file to resume from
 )->list[dict]:           # the loss history
     "Train the autoencoder and save it as an ordinary diffusers folder."
     seed_all(seed_for('vae',seed))
-    vae = AutoencoderKL(block_out_channels=(32,64,96), down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
-                        layers_per_block=1, latent_channels=4, norm_num_groups=16, sample_size=data.images.shape[-1]).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(block_out_channels=(16,32,64), down_block_types=('DownEncoderBlock2D',)*3, up_block_types=('UpDecoderBlock2D',)*3,
+                        layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=data.images.shape[-1]).to(memory_format=torch.channels_last)
     def loss(step):
         g = generator('vae',seed,step)
         x = (data.images[torch.randint(len(data.labels), (batch,), generator=g)].float()/127.5-1).to(memory_format=torch.channels_last)
