@@ -183,7 +183,7 @@ def encode(
     return torch.cat([q.mean for q in qs]), torch.cat([q.std for q in qs])
 
 # %% ../nbs/14_miniature.ipynb #fc0ba15d
-noise_schedule = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', num_train_timesteps=1000) # as SD v1.4
+noise_schedule = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', num_train_timesteps=1000, steps_offset=1) # as SD v1.4
 
 def new_unet(
     latent_size:int=16, # latents a side
