@@ -1,0 +1,92 @@
+"""What a run promises: it can be killed anywhere and goes on to the same bits, and damaged files are named and made again."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from fade.core import FadeError, load_json
+from fade.run import run
+
+small = dict(steps=30, n=2, say=lambda line: None)
+command = [Path(sys.executable).with_name("fade"), "erase", "hooded owl", "--steps", "30", "--n", "2", "--seed", "3", "--out"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A run that nobody disturbed."
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run("hooded owl", folder, seed=3, **small)
+
+
+def same(a, b):
+    "Equal but for what a clock or the machine's load decides."
+    drop = ("seconds", "peak_memory_bytes")
+    return {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
+
+
+@pytest.mark.parametrize("after", [6, 11, 17])
+def test_killed_and_resumed(whole, tmp_path, after):
+    env = dict(os.environ, FADE_CACHE=str(tmp_path / "cache"))
+    process = subprocess.Popen(command + [str(tmp_path / "run")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command + [str(tmp_path / "run")], env=env, check=True, capture_output=True)
+    folder, metrics = whole
+    a, b = load_file(folder / "mesh.safetensors"), load_file(tmp_path / "run" / "mesh.safetensors")
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert same(metrics, load_json(tmp_path / "run" / "metrics.json"))
+
+
+def test_the_record_keeps_its_contract(whole):
+    folder, m = whole
+    assert m["schema"] == 1 and m["target"] == "hooded owl" and len(m["neighbours"]) == 5
+    for name in ("a_er", "a_adj", "erb", "heldout", "unrelated"):
+        assert set(m[name]) == {"value", "low", "high", "n", "untouched"}
+        assert m[name]["low"] <= m[name]["value"] <= m[name]["high"]
+    assert m["erb"]["value"] == pytest.approx(2 * m["a_er"]["value"] * m["a_adj"]["value"] / (m["a_er"]["value"] + m["a_adj"]["value"] + 1e-8), abs=1e-3)
+    assert m["peak_memory_bytes"] > 1e8 and m["seconds"]["total"] > 0 and m["versions"]["torch"]
+    assert json.loads((folder / "metrics.json").read_text()) == m
+    assert {"mesh.safetensors", "before_after.png", "losses.png", "metrics.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_a_finished_run_is_left_alone(whole):
+    folder, m = whole
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    done = subprocess.run(command + [str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_a_torn_cache_file_is_set_aside(tmp_path, monkeypatch):
+    from fade.neighborhood import Studio, load_pipeline
+    monkeypatch.setenv("FADE_CACHE", str(tmp_path))
+    studio = Studio(load_pipeline())
+    first = studio.features("torn", ["ivory spitz"], 2)["ivory spitz"]
+    (file,) = (tmp_path / "images").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="set aside"):
+        again = studio.features("torn", ["ivory spitz"], 2)["ivory spitz"]
+    assert again.equal(first)
+
+
+def test_plain_diffusers_loads_model_and_mesh(whole):
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from fade.core import data_path
+    from fade.mesh import load
+    from fade.pipeline import load_pipeline
+    folder, _ = whole
+    plain = StableDiffusionPipeline.from_pretrained(data_path("miniature"))
+    plain.load_lora_weights(folder, weight_name="mesh.safetensors")
+    ours = load_pipeline()
+    load(ours, folder / "mesh.safetensors")
+    a, b = (p("a photo of a hooded owl", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (plain, ours))
+    assert a.equal(b)
