@@ -87,7 +87,7 @@ def seen(self:Studio, concepts:list[str], n:int, judge)->dict[str,dict]:
         images = decode(self.pipe, z)
         p,name = judge(images).max(1)
         return torch.cat([self.phi.images(images), p[:,None], name[:,None].float()], 1)
-    rows = self.make('evaluation', concepts, n, 'seen', self.by_judge(judge), work)
+    rows = self.make('evaluation', concepts, n, self.by_judge(judge), work)
     return {c:dict(features=r[:,:-2], sure=r[:,-2], hit=r[:,-1]==at[c]) for c,r in rows.items()}
 
 # %% ../nbs/60_metrics.ipynb #a75ec6cc
@@ -145,9 +145,9 @@ def ship_untouched(
     judge,
     concepts:list[str],
     path:str|Path,      # `untouched.safetensors` in the model's folder
-    n:int=25,           # images of each concept and purpose
+    near:int=25, shown:int=50, # images of each concept for the neighbourhood, and for evaluation
 )->None:
     "Write what is remembered of the untouched model's neighbourhood and evaluation images as one file."
-    studio.features('neighborhood', concepts, n); studio.seen(concepts, n, judge)
-    keys = [studio.key(p,c,n,by) for c in concepts for p,by in (('neighborhood',studio.by_phi),('evaluation',studio.by_judge(judge)))]
-    save_tensors(path, {f'{k}/{name}':v for k in keys for name,v in studio.recall(k).items()})
+    studio.features('neighborhood', concepts, near); studio.seen(concepts, shown, judge)
+    made = [('neighborhood',c,studio.by_phi) for c in concepts]+[('evaluation',c,studio.by_judge(judge)) for c in concepts]
+    save_tensors(path, {studio.key(*m):studio.recall(*m) for m in made})

@@ -33,31 +33,31 @@ class Studio:
 
     def seeds(self, purpose:str, concept:str, n:int)->list[int]:
         "The seeds of a concept's images for one purpose; no other purpose has them."
-        return [seed_for(purpose, self.seed, concept, i) for i in range(n)]
+        return [seed_for(purpose, 0 if purpose=='neighborhood' else self.seed, concept, i) for i in range(n)]
 
-    def key(self, purpose, concept, n, by):
-        about = dict(model=self.model, sampler=asdict(self.sampler), prompt=prompt(concept,self.template), purpose=purpose, seed=self.seed, n=n, by=by)
-        return fingerprint({k:v for k,v in about.items() if not (k=='seed' and purpose=='neighborhood')})
+    def key(self, purpose:str, concept:str, by:str)->str:
+        "The name under which results are remembered."
+        return fingerprint(dict(model=self.model, sampler=asdict(self.sampler), prompt=prompt(concept,self.template), seeds=self.seeds(purpose,concept,1), by=by))
 
 # %% ../nbs/30_neighborhood.ipynb #69b686e7
 @patch
-def recall(self:Studio, key:str)->dict|None:
-    "What is remembered under a key, or `None`. A damaged file is named and set aside."
+def recall(self:Studio, purpose:str, concept:str, by:str)->torch.Tensor:
+    "What is remembered of a concept's images, a row an image, perhaps none. A damaged file is named and set aside."
+    key = self.key(purpose, concept, by)
     path = cache_path('images', key+'.safetensors')
     if path.exists():
-        try: return load_tensors(path)[0]
-        except FadeError as e:
+        try: return load_tensors(path)[0]['rows']
+        except (FadeError,KeyError) as e:
             path.replace(path.with_suffix('.set-aside')); warnings.warn(f'{e} It was set aside and is made again.')
     if self.shipped is None:
         file = self.folder/'untouched.safetensors'
         self.shipped = load_tensors(file)[0] if file.is_file() else {}
-    found = {k.split('/')[1]:v for k,v in self.shipped.items() if k.startswith(key+'/')}
-    return found or None
+    return self.shipped.get(key, torch.empty(0))
 
 @patch
-def remember(self:Studio, key:str, tensors:dict)->None:
-    "Keep tensors under a key."
-    save_tensors(cache_path('images', key+'.safetensors'), tensors)
+def remember(self:Studio, purpose:str, concept:str, by:str, rows:torch.Tensor)->None:
+    "Keep a row an image."
+    save_tensors(cache_path('images', self.key(purpose,concept,by)+'.safetensors'), {'rows':rows})
 
 # %% ../nbs/30_neighborhood.ipynb #c7220986
 @patch
@@ -65,37 +65,36 @@ def make(self:Studio,
     purpose:str,        # what the images are for
     concepts:list[str],
     n:int,              # images of each
-    of:str,             # what to keep: the name of a result
-    by:str,             # what makes it, such as φ's fingerprint
-    work,               # latents `(k·n,4,h,w)` to a tensor with a row an image
+    by:str,             # what makes the results, such as φ's name
+    work,               # latents `(k,4,h,w)` to a tensor with a row an image
 )->dict[str,torch.Tensor]: # concept to `(n,…)`
     "Results for images of each concept, from memory where possible; what is missing is generated a few concepts at a time and remembered at once."
-    res = {}
-    for c in dict.fromkeys(concepts):
-        if (found := self.recall(self.key(purpose,c,n,by))) and of in found: res[c] = found[of]
-    missing = [c for c in dict.fromkeys(concepts) if c not in res]
+    have = {c:self.recall(purpose,c,by) for c in dict.fromkeys(concepts)}
+    missing = [c for c,rows in have.items() if len(rows)<n]
     on = active(self.pipe.unet)+getattr(self.pipe.unet,'folded',[])
     check(not missing or on==self.adapters, f"The model has the adapters {on} on, and this studio remembers it with {self.adapters}: switch the mesh off first.")
-    group = max(1, -(-4*self.sampler.batch//n))
+    group = max(1, 4*self.sampler.batch//n)
     with tqdm(total=len(missing), desc=f'images for {purpose}', unit='concept', disable=None if missing else True) as bar:
         for i in range(0, len(missing), group):
             part = missing[i:i+group]
-            z = sample_latents(self.pipe, [prompt(c,self.template) for c in part for _ in range(n)], [s for c in part for s in self.seeds(purpose,c,n)], self.sampler)
-            for c,x in zip(part, work(z).split(n)):
-                res[c] = x; self.remember(self.key(purpose,c,n,by), {of:x})
+            todo = [(c,s) for c in part for s in self.seeds(purpose,c,n)[len(have[c]):]]
+            rows = work(sample_latents(self.pipe, [prompt(c,self.template) for c,_ in todo], [s for _,s in todo], self.sampler))
+            for c,new in zip(part, rows.split([n-len(have[c]) for c in part])):
+                have[c] = torch.cat([have[c],new]) if len(have[c]) else new
+                self.remember(purpose, c, by, have[c])
             bar.update(len(part))
-    return {c:res[c] for c in concepts}
+    return {c:have[c][:n] for c in concepts}
 
 # %% ../nbs/30_neighborhood.ipynb #7465a4fe
 @patch
 def latents(self:Studio, purpose:str, concepts:list[str], n:int)->dict[str,torch.Tensor]:
     "Clean latents of the untouched model's images: concept to `(n,4,h,w)`."
-    return self.make(purpose, concepts, n, 'latents', 'latents', lambda z: z)
+    return self.make(purpose, concepts, n, 'latents', lambda z: z)
 
 @patch
 def features(self:Studio, purpose:str, concepts:list[str], n:int)->dict[str,torch.Tensor]:
     "Features φ of the untouched model's images: concept to `(n,d)`."
-    return self.make(purpose, concepts, n, 'features', self.by_phi, lambda z: self.phi.images(decode(self.pipe,z)))
+    return self.make(purpose, concepts, n, self.by_phi, lambda z: self.phi.images(decode(self.pipe,z)))
 
 # %% ../nbs/30_neighborhood.ipynb #a0de7c79
 @dataclass

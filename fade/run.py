@@ -6,12 +6,13 @@
 __all__ = ['run_folder', 'expected_forwards', 'seconds_a_forward', 'versions', 'peak_memory', 'run', 'stages', 'announce']
 
 # %% ../nbs/80_run.ipynb #af2b0707
-import fcntl, os, platform, resource, shutil, time
+import json, platform, shutil, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 import torch
+from filelock import FileLock, Timeout
 from .core import *
 from .concepts import *
 from .features import Phi
@@ -31,13 +32,11 @@ def run_folder(
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = open(path/'.lock', 'w')
+        lock = FileLock(path/'.lock').acquire(timeout=0)
+    except Timeout as e: raise FadeError(f'Another run is writing to {path}: wait for it, or choose another folder with --out.') from e
     except OSError as e: raise FadeError(f'Cannot write to the run folder {path} ({e.strerror}): choose another with --out.') from e
-    with lock:
-        try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)
-        except OSError as e: raise FadeError(f'Another run is writing to {path}: wait for it, or choose another folder with --out.') from e
-        yield path
-        (path/'.lock').unlink(missing_ok=True)
+    with lock: yield path
+    (path/'.lock').unlink(missing_ok=True)
 
 # %% ../nbs/80_run.ipynb #97ff792b
 def expected_forwards(
@@ -68,14 +67,15 @@ def seconds_a_forward(pipe, batch:int)->float:
 # %% ../nbs/80_run.ipynb #0b0e32a5
 def versions()->dict:
     "What computed this."
+    git = shutil.which('git') and subprocess.run(['git','-C',str(data_path()),'describe','--always','--dirty'], capture_output=True, text=True)
     names = ('torch','diffusers','transformers','peft','accelerate')
-    try: own = version('fade-erasure')
-    except Exception: own = 'source'
-    return dict(python=platform.python_version(), fade=own, **{n:version(n) for n in names})
+    return dict(python=platform.python_version(), fade=version('fade-erasure'), commit=git.stdout.strip() if git else '', **{n:version(n) for n in names})
 
 def peak_memory()->int:
     "The most memory this process held, in bytes; on the GPU where there is one."
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    import resource # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
 
 # %% ../nbs/80_run.ipynb #bca3a698
 def run(
@@ -97,8 +97,10 @@ def run(
     "Erase a concept and score it; a finished folder is returned as it is, a half-finished one is finished. Raises `FadeError` for whatever the user can mend."
     done = Path(out)/'metrics.json'
     if done.exists():
+        m = load_json(done)
+        check(m['target']==clean_name(target), f"{out} is a finished run for '{m['target']}': choose another folder with --out.")
         say(f'{done} is there: this run is finished. Choose another folder with --out to run again.')
-        return load_json(done)
+        return m
     target,cs = find_target(target, candidates, superclass); prompt(target, template)
     check(1<=k<len(set(cs.names)-{target}), f"K is {k}, but there are {len(set(cs.names)-{target})} candidates beside the target: choose K from 1 to {len(set(cs.names)-{target})-1}.")
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
@@ -118,12 +120,15 @@ def stages(studio, folder, target, candidates, k, recipe, n, superclass, cs, say
     nb.save(folder/'neighborhood.json')
     say('neighbours: '+', '.join(f'{c} ({s:.0f})' for c,s in zip(nb.neighbours,nb.similarity)))
     timed('neighborhood', start); start = clock()
-    if (folder/'mesh.safetensors').exists(): mesh = load(studio.pipe, folder/'mesh.safetensors')
+    about = json.loads(json.dumps(dict(target=target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed)))
+    if (folder/'mesh.safetensors').exists():
+        mesh = load(studio.pipe, folder/'mesh.safetensors')
+        check(all(mesh.about.get(k)==v for k,v in about.items()), f'{folder} holds a mesh that was made with other settings: choose another folder with --out.')
     else:
         mesh,history = erase(studio, nb, recipe, studio.seed, folder)
         save_json(folder/'history.json', history)
         save_figure(plot_losses(history), folder/'losses.png')
-        mesh.save(folder/'mesh.safetensors', target=target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed, model=model_fingerprint(studio.pipe), model_name=Path(str(studio.pipe.name_or_path)).name)
+        mesh.save(folder/'mesh.safetensors', **about, model=model_fingerprint(studio.pipe), model_name=Path(str(studio.pipe.name_or_path)).name)
         for name in ('bank','checkpoint'): (folder/f'{name}.safetensors').unlink(missing_ok=True)
     timed('training', start); start = clock()
     record = evaluate(studio, mesh, nb, n=n)
@@ -143,7 +148,7 @@ def stages(studio, folder, target, candidates, k, recipe, n, superclass, cs, say
 def announce(studio, target, cs, k, recipe, n, say)->None:
     "Say what the run will cost."
     near = [target]+[c for c in cs.names if c!=target]
-    missing = dict(neighborhood=25*sum(studio.recall(studio.key('neighborhood',c,25,studio.by_phi)) is None for c in near), training=recipe.images*(k+1) if recipe.form=='paper' else 0)
+    missing = dict(neighborhood=sum(25-min(25,len(studio.recall('neighborhood',c,studio.by_phi))) for c in near), training=recipe.images*(k+1) if recipe.form=='paper' else 0)
     forwards = expected_forwards(recipe, studio.sampler, k, missing, n*min(3*k+11, len(near)+10))
     one = seconds_a_forward(studio.pipe, studio.sampler.batch)
     say(f"erasing '{target}' from {Path(str(studio.pipe.name_or_path)).name} with recipe '{recipe.name}', {recipe.steps} steps, {len(near)-1} candidates")

@@ -72,15 +72,13 @@ def recipe_for(
 # %% ../nbs/50_trainer.ipynb #42e4a63c
 def draws(
     pipe,
-    latents:torch.Tensor, # images to draw from, `(m,4,h,w)`
-    n:int,                # draws
-    *purpose,             # for the seed
+    latents:torch.Tensor, # one image a draw, `(n,4,h,w)`
+    g:torch.Generator,    # of noise and timesteps
 )->tuple[torch.Tensor,torch.Tensor]: # noisy latents `(n,4,h,w)` and timesteps `(n,)`
-    "Random latents at random timesteps."
-    g,levels = generator(*purpose),signal_levels(pipe).cpu()
-    x0 = latents[torch.randint(len(latents), (n,), generator=g)]
-    t = torch.randint(len(levels), (n,), generator=g)
-    return add_noise(x0, torch.randn(x0.shape, generator=g), levels[t]), t
+    "Each image with noise of its own, at a timestep of its own."
+    levels = signal_levels(pipe).cpu()
+    t = torch.randint(len(levels), (len(latents),), generator=g)
+    return add_noise(latents, torch.randn(latents.shape, generator=g), levels[t]), t
 
 # %% ../nbs/50_trainer.ipynb #6832a334
 @torch.no_grad()
@@ -108,16 +106,15 @@ def build_bank(
     pipe,batch = studio.pipe,studio.sampler.batch
     z = studio.latents('neighborhood', [nb.target]+nb.neighbours, recipe.images)
     n,k = (max(1,round(recipe.steps*o/recipe.reuse)) for o in (recipe.batch,recipe.neighbours))
-    g = generator('training',seed,'prompts')
+    g = generator('training',seed)
     sentences = [templates[i] for i in torch.randint(len(templates), (n+k,), generator=g)]
-    x,t = draws(pipe, z[nb.target], n, 'training', seed, 'target')
+    x,t = draws(pipe, z[nb.target][torch.randint(recipe.images, (n,), generator=g)], g)
     def ask(names, desc): return frozen(pipe, x, t, [prompt(c,s) for c,s in zip(names,sentences)], batch, desc)
     near = losses.moments(torch.stack([ask([c]*n, f'frozen {c}') for c in nb.neighbours]))
     old = losses.moments(torch.stack([frozen(pipe, x, t, [prompt(nb.target,s)]*n, batch, f'frozen {nb.target}') for s in templates[:3]]))
     null = frozen(pipe, x, t, ['']*n, batch, 'frozen null')
-    which = torch.randint(nb.k, (k,), generator=g).tolist()
-    y,u = zip(*[draws(pipe, z[nb.neighbours[i]], 1, 'training', seed, 'neighbour', j) for j,i in enumerate(which)])
-    y,u = torch.cat(y),torch.cat(u)
+    which = torch.randint(nb.k, (k,), generator=g)
+    y,u = draws(pipe, torch.stack([z[c] for c in nb.neighbours])[which, torch.randint(recipe.images, (k,), generator=g)], g)
     names = [prompt(nb.neighbours[i],s) for i,s in zip(which,sentences[n:])]
     bank = dict(x=x, t=t, near=near[0], near_spread=near[1], old=old[0], old_spread=old[1], null=null, y=y, u=u, keep=frozen(pipe, y, u, names, batch, 'frozen neighbours'))
     return bank, [prompt(nb.target,s) for s in sentences[:n]]+names
