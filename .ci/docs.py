@@ -205,8 +205,8 @@ def private_paths(outputs):
 
 def outputs(args):
     "Run the component notebooks, each in a process of its own, and store their outputs."
-    # one thread, no bars and a fixed hash seed: two runs store the same
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1", PYTHONHASHSEED="0")
+    # no bars, no libraries' notes and a fixed hash seed: two runs store the same
+    os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", PYTHONHASHSEED="0")
     paths = [NBS / f"{Path(name).stem}.ipynb" for name in args.names] or sorted(NBS.glob("*.ipynb"))
     if missing := [str(path) for path in paths if not path.exists()]: fail(f"no such notebook: {', '.join(missing)}")
     failed = []

@@ -35,7 +35,7 @@ def load_pipeline(
     check(dtype in ('float32','bfloat16','float16'), f"There is no dtype '{dtype}': choose float32, bfloat16 or float16.")
     source = model or data_path('miniature')
     check(not Path(source).is_dir() or (Path(source)/'model_index.json').is_file(), f'The folder {source} is no diffusers pipeline: it has no model_index.json.')
-    try: pipe = StableDiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False)
+    try: pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False)
     except (OSError,ValueError,AttributeError) as e: raise FadeError(f'Cannot load {source} as a Stable Diffusion pipeline: give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.') from e
     pipe.set_progress_bar_config(disable=True)
     try: return pipe.to(device or default_device())

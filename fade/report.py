@@ -66,6 +66,7 @@ def before_after(
     fig,axs = figure(1.2+1.3*n, .72*len(concepts)+.3, len(concepts), 2*n)
     for images,part in ((before,axs[:,:n]),(after,axs[:,n:])):
         for o,ax in zip(to_pil(images), part.flat): ax.imshow(o); ax.axis('off')
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01)
     for c,ax in zip(concepts,axs[:,0]): ax.text(-.15, .5, c, transform=ax.transAxes, ha='right', va='center', fontsize=8)
     axs[0,0].set_title('before', loc='left'); axs[0,n].set_title('after', loc='left')
     return fig
