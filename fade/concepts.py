@@ -92,11 +92,11 @@ def find_target(
 )->tuple[str,ConceptSet]:  # the cleaned target, and the set of its candidates
     "The set in which to look for a target's neighbours. Raises `FadeError` when the target is in no set and none was given."
     target = clean_name(target)
-    if candidates: return target, concept_set(candidates, superclass)
-    sets = [concept_set(s, superclass) for s in concept_sets()]
+    sets = [concept_set(s, superclass) for s in ([candidates] if candidates else concept_sets())]
     for cs in sets:
         for name in cs.names:
             if name.lower()==target.lower(): return name, cs
+    if candidates: return target, sets[0]
     near = difflib.get_close_matches(target.lower(), [n for cs in sets for n in cs.names], 4, .4)
     hint = f"; the nearest are {', '.join(near)}" if near else ''
     raise FadeError(f"'{target}' is in no concept set{hint}: correct the name, or say where its neighbours are to be looked for with --candidates.")

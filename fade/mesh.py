@@ -60,6 +60,7 @@ def attach(
             raise FadeError(f'Cannot lay paths beside {", ".join(modules)}: the U-Net has no such layers.') from e
     activate(unet, on+[name])
     mesh = Mesh(pipe, name)
+    for p in mesh.params.values(): p.data = p.data.float() # trained in full precision beside weights of any
     mesh.grads = grads
     return mesh
 
