@@ -238,8 +238,10 @@ def assemble(
     scheduler = DPMSolverMultistepScheduler(**noise_schedule)
     StableDiffusionPipeline(**{k:m.half() for k,m in parts.items()}, tokenizer=CLIPTokenizer.from_pretrained(clip), scheduler=scheduler,
                             safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
-    config = Path(folder)/'text_encoder'/'config.json'
-    save_json(config, dict(load_json(config), dtype='float32'))
+    for part in parts: # where a part came from is nobody's business
+        file = Path(folder)/part/'config.json'
+        config = {k:v for k,v in load_json(file).items() if k!='_name_or_path'}
+        save_json(file, dict(config, dtype='float32') if part=='text_encoder' else config)
 
 # %% ../nbs/21_miniature.ipynb #d893a8ba
 def train_miniature(
