@@ -114,12 +114,21 @@ class Neighborhood:
         "Ranks K+1 … 3K: near, but never trained on."
         return self.names[self.k:3*self.k]
 
+    @property
+    def far(self)->list[str]:
+        "Ranks beyond 3K that no score is made on: the rest of a drawn world, or of a user's list without its last ten."
+        return self.names[3*self.k:] if self.others else self.names[3*self.k:-10]
+
+    @property
+    def others(self)->list[str]:
+        "The concepts of other drawn worlds; none for a user's list."
+        worlds = [cs for cs in map(concept_set, concept_sets()) if cs.attributes]
+        return [c for cs in worlds if cs.name!=self.source for c in cs.names] if self.source in [cs.name for cs in worlds] else []
+
     def unrelated(self, n:int=10, seed:int=0)->list[str]:
         "Concepts of other drawn worlds, drawn with a seed; for a user's own list, its lowest-ranked candidates."
-        known = [concept_set(s) for s in concept_sets()]
-        others = [c for cs in known if cs.attributes and cs.name!=self.source for c in cs.names] if any(cs.name==self.source and cs.attributes for cs in known) else []
-        if not others: return self.names[max(3*self.k,len(self.names)-n):]
-        return [others[i] for i in torch.randperm(len(others), generator=generator('unrelated',seed,self.target))[:n]]
+        if not self.others: return self.names[max(3*self.k,len(self.names)-n):]
+        return [self.others[i] for i in torch.randperm(len(self.others), generator=generator('unrelated',seed,self.target))[:n]]
 
     def save(self, path:str|Path): save_json(path, asdict(self))
     @classmethod

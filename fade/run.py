@@ -49,8 +49,9 @@ def expected_forwards(
     "How many sample-forwards of the U-Net a run takes."
     image = sampler.steps*(1 if sampler.guidance_scale==1 else 2)
     if recipe.form=='paper':
-        bank = round(recipe.steps*recipe.batch/recipe.reuse)*(k+4)+round(recipe.steps*recipe.neighbours/recipe.reuse)
-        train = 3*recipe.steps*(recipe.batch+recipe.neighbours)
+        keep = recipe.neighbours+recipe.anchors
+        bank = round(recipe.steps*recipe.batch/recipe.reuse)*(k+4)+round(recipe.steps*keep/recipe.reuse)
+        train = 3*recipe.steps*(recipe.batch+keep)
     else: bank,train = 0,recipe.steps*recipe.batch*round((k+4)*recipe.trajectory+k+4+3*(k+1))
     return {'images of the untouched model':image*sum(missing.values()), 'frozen predictions':bank, 'training':train, 'images of the edited model':image*edited}
 

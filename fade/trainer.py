@@ -39,6 +39,7 @@ class Recipe:
     schedule:str='onecycle'      # a key of `schedules`
     batch:int=4                  # target draws a step
     neighbours:int=8             # neighbour draws a step (`paper`); the released form takes all K
+    anchors:int=4                # draws a step that hold far prompts in place (`paper`); 0 is the paper's letter
     reuse:float=2.5              # how often a draw with its frozen predictions is used (`paper`)
     images:int=25                # images of each concept that latents are drawn from (`paper`)
     trajectory:int=30            # DDIM steps of a full trajectory (`released`)
@@ -105,17 +106,22 @@ def build_bank(
     "Draws with what the frozen model says of them, for the losses in the paper's form."
     pipe,batch = studio.pipe,studio.sampler.batch
     z = studio.latents('neighborhood', [nb.target]+nb.neighbours, recipe.images)
-    n,k = (max(1,round(recipe.steps*o/recipe.reuse)) for o in (recipe.batch,recipe.neighbours))
+    n,k,a = (round(recipe.steps*o/recipe.reuse) for o in (recipe.batch,recipe.neighbours,recipe.anchors))
     g = generator('training',seed)
-    sentences = [templates[i] for i in torch.randint(len(templates), (n+k,), generator=g)]
+    sentences = [templates[i] for i in torch.randint(len(templates), (n+k+a,), generator=g)]
     x,t = draws(pipe, z[nb.target][torch.randint(recipe.images, (n,), generator=g)], g)
     def ask(names, desc): return frozen(pipe, x, t, [prompt(c,s) for c,s in zip(names,sentences)], batch, desc)
     near = losses.moments(torch.stack([ask([c]*n, f'frozen {c}') for c in nb.neighbours]))
     old = losses.moments(torch.stack([frozen(pipe, x, t, [prompt(nb.target,s)]*n, batch, f'frozen {nb.target}') for s in templates[:3]]))
     null = frozen(pipe, x, t, ['']*n, batch, 'frozen null')
     which = torch.randint(nb.k, (k,), generator=g)
-    y,u = draws(pipe, torch.stack([z[c] for c in nb.neighbours])[which, torch.randint(recipe.images, (k,), generator=g)], g)
-    names = [prompt(nb.neighbours[i],s) for i,s in zip(which,sentences[n:])]
+    own = torch.stack([z[c] for c in nb.neighbours])[which, torch.randint(recipe.images, (k,), generator=g)]
+    pool,every = ['']+[c for c in [nb.superclass]+nb.far if c],torch.cat([*z.values()])
+    held = [pool[i] for i in torch.randint(len(pool), (a,), generator=g)]
+    names = [prompt(c,s) if c else '' for c,s in zip([nb.neighbours[i] for i in which]+held, sentences[n:])]
+    order = torch.randperm(k+a, generator=g)
+    y,u = draws(pipe, torch.cat([own, every[torch.randint(len(every), (a,), generator=g)]])[order], g)
+    names = [names[i] for i in order]
     bank = dict(x=x, t=t, near=near[0], near_spread=near[1], old=old[0], old_spread=old[1], null=null, y=y, u=u, keep=frozen(pipe, y, u, names, batch, 'frozen neighbours'))
     return bank, [prompt(nb.target,s) for s in sentences[:n]]+names
 
@@ -130,7 +136,7 @@ def paper_loss(
     c = encode_prompts(pipe, prompts)
     bank = {name:v.to(pipe.device) for name,v in bank.items()}
     def loss(step):
-        i,j = ((step*size+torch.arange(size,device=pipe.device))%of for size,of in ((recipe.batch,n),(recipe.neighbours,k)))
+        i,j = ((step*size+torch.arange(size,device=pipe.device))%of for size,of in ((recipe.batch,n),(recipe.neighbours+recipe.anchors,k)))
         b = {name:v[j if name in ('y','u','keep') else i] for name,v in bank.items()}
         eps = predict_noise(pipe, torch.cat([b['x'],b['y']]).to(c.dtype), torch.cat([b['t'],b['u']]), torch.cat([c[i],c[n+j]])).float()
         eps,keep = eps[:len(i)],eps[len(i):]
