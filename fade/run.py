@@ -143,7 +143,7 @@ def stages(studio, folder, target, candidates, k, recipe, n, superclass, cs, say
     mesh.detach()
     save_json(folder/'metrics.json', metrics)
     say(closing_table(metrics))
-    return metrics
+    return load_json(folder/'metrics.json')
 
 # %% ../nbs/80_run.ipynb #c4a62ed0
 def announce(studio, target, cs, k, recipe, n, say)->None:
