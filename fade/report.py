@@ -46,8 +46,9 @@ def plot_losses(
     d[terms] = d[terms].rolling(window, 1).mean()
     fig,ax = figure(5,3)
     sns.lineplot(d.melt('step', terms, 'term'), x='step', y='value', hue='term', ax=ax)
-    ax.set(xlabel='optimiser step', ylabel=f'loss term (mean of {window} steps)', yscale='symlog' if (d[terms]<=0).any().any() else 'log', title='Losses')
-    if ax.get_yscale()=='symlog': ax.set_yscale('symlog', linthresh=1e-4)
+    ax.set(xlabel='optimiser step', ylabel=f'loss term (mean of {window} steps)', title='Loss terms over the steps')
+    ax.set_yscale('symlog', linthresh=1e-4) # adjacency begins at exactly zero
+    ax.set_ylim(bottom=0)
     return fig
 
 # %% ../nbs/70_report.ipynb #7c07212f
