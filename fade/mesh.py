@@ -26,6 +26,7 @@ cross_attention = tuple(f'attn2.{o}' for o in everywhere[:4])                   
 # %% ../nbs/40_mesh.ipynb #8a40887c
 class Mesh:
     "LoRA paths in a pipeline's U-Net, under one name, beside whatever adapters the user has."
+    file = 'mesh.safetensors' # its name in a run folder
     def __init__(self, pipe, name:str, about:dict=None):
         self.pipe,self.unet,self.name,self.about = pipe,pipe.unet,name,about or {}
         self.layers = {n.removesuffix('.base_layer'):m for n,m in self.unet.named_modules() if isinstance(m,LoraLayer) and name in m.lora_A}
@@ -99,10 +100,10 @@ def folded(self:Mesh):
     kept = {n:m.base_layer.weight.data for n,m in self.layers.items()}
     try:
         for m in self.layers.values(): m.base_layer.weight.data = m.base_layer.weight.data+m.get_delta_weight(self.name).to(m.base_layer.weight.dtype)
-        self.unet.folded = [self.name]
+        edits(self.unet)[self.name] = {}
         with self.off(): yield self
     finally:
-        del self.unet.folded
+        del edits(self.unet)[self.name]
         for n,m in self.layers.items(): m.base_layer.weight.data = kept[n]
 
 # %% ../nbs/40_mesh.ipynb #8e61b71f

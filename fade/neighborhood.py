@@ -7,7 +7,7 @@ __all__ = ['Studio', 'Neighborhood', 'rank', 'neighborhood', 'neighbour_recall']
 
 # %% ../nbs/30_neighborhood.ipynb #355b3ac5
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from .core import *
 from .concepts import *
 from .features import Phi
-from .judge import Judge, ZeroShotJudge
 from .pipeline import *
 
 # %% ../nbs/30_neighborhood.ipynb #02db9131
@@ -26,7 +25,7 @@ class Studio:
         self.pipe,self.sampler,self.template,self.seed = pipe,sampler or sampler_for(pipe),template,seed
         prompt('', template)
         self.phi = phi or Phi(settings_for(pipe)['phi'], pipe.device)
-        self.model,self.adapters = model_fingerprint(pipe, adapters=True),active(pipe.unet)
+        self.model,self.adapters = model_fingerprint(pipe, adapters=True),changed(pipe.unet)
         self.folder = Path(getattr(pipe,'name_or_path',None) or '')
         self.by_phi = f'phi {Path(self.phi.source).name}'
         self.shipped = None
@@ -71,8 +70,8 @@ def make(self:Studio,
     "Results for images of each concept, from memory where possible; what is missing is generated a few concepts at a time and remembered at once."
     have = {c:self.recall(purpose,c,by) for c in dict.fromkeys(concepts)}
     missing = [c for c,rows in have.items() if len(rows)<n]
-    on = active(self.pipe.unet)+getattr(self.pipe.unet,'folded',[])
-    check(not missing or on==self.adapters, f"The model has the adapters {on} on, and this studio remembers it with {self.adapters}: switch the mesh off first.")
+    on = changed(self.pipe.unet)
+    check(not missing or on==self.adapters, f"The model has {on or 'nothing'} on, and this studio remembers it with {self.adapters or 'nothing'}: switch the edit off first.")
     group = max(1, 4*self.sampler.batch//n)
     with tqdm(total=len(missing), desc=f'images for {purpose}', unit='concept', disable=None if missing else True) as bar:
         for i in range(0, len(missing), group):

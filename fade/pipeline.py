@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['default_device', 'load_pipeline', 'merged', 'settings_for', 'encode_prompts', 'predict_noise', 'Count', 'counting',
-           'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'denoise', 'sample_latents', 'decode', 'generate',
-           'active', 'activate', 'model_fingerprint']
+           'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'guided', 'denoise', 'sample_latents', 'partway',
+           'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'model_fingerprint']
 
 # %% ../nbs/20_pipeline.ipynb #8e028a26
-import inspect, warnings
+import inspect
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 import diffusers
 import torch
 import yaml
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 from .core import *
@@ -52,7 +52,7 @@ def merged(
 # %% ../nbs/20_pipeline.ipynb #d4314dff
 def settings_for(
     pipe, # a pipeline
-)->dict:  # `phi`, `judge`, `sampler`, `recipes`
+)->dict:  # `phi`, `judge`, `sampler`, and recipes by method
     "What the pipeline's own folder recommends, over the values for SD v1.4."
     base = yaml.safe_load(data_path('defaults.yaml').read_text(encoding='utf-8'))
     folder = Path(getattr(pipe,'name_or_path',None) or '')
@@ -84,8 +84,8 @@ def predict_noise(
 
 # %% ../nbs/20_pipeline.ipynb #6563b9e5
 class Count:
-    "Sample-forwards of a U-Net."
-    forwards = 0
+    "Sample-forwards of a U-Net, and how many of them were prepared for a backward."
+    forwards = backwards = 0
 
 @contextmanager
 def counting(
@@ -93,7 +93,9 @@ def counting(
 ):
     "Count what the U-Net is asked inside the block, in samples."
     count = Count()
-    def add(module, args, output): count.forwards += len(args[0])
+    def add(module, args, output):
+        count.forwards += len(args[0])
+        count.backwards += len(args[0])*output[0].requires_grad
     hook = pipe.unet.register_forward_hook(add)
     try: yield count
     finally: hook.remove()
@@ -138,6 +140,18 @@ def sampler_for(
     return Sampler(**{**settings_for(pipe)['sampler'], **changes})
 
 # %% ../nbs/20_pipeline.ipynb #aed92acd
+def guided(
+    pipe,
+    x:torch.Tensor, t, # latents `(n,4,h,w)`, timestep
+    embeds:torch.Tensor, null:torch.Tensor, # of the prompts `(n,L,d)`, of the empty prompt `(1,L,d)`
+    scale:float,       # guidance scale; 1 asks for the prompt alone, at half the cost
+)->torch.Tensor:       # `(n,4,h,w)`
+    "$\\varepsilon(\\varnothing)+s\\,(\\varepsilon(c)-\\varepsilon(\\varnothing))$: classifier-free guidance."
+    if scale==1: return predict_noise(pipe, x, t, embeds)
+    off,on = predict_noise(pipe, torch.cat([x,x]), t, torch.cat([null.expand_as(embeds), embeds])).chunk(2)
+    return off+scale*(on-off)
+
+# %% ../nbs/20_pipeline.ipynb #a68a6a6c
 @torch.no_grad()
 def denoise(
     pipe,
@@ -148,15 +162,11 @@ def denoise(
 )->torch.Tensor:         # clean latents, `(n,4,h,w)`
     "One batch from noise to clean latents, with classifier-free guidance."
     gens = [torch.Generator().manual_seed(s) for s in seeds]
-    scheduler,guided,size = sampler.new(pipe),sampler.guidance_scale!=1,pipe.unet.config.sample_size
+    scheduler,size = sampler.new(pipe),pipe.unet.config.sample_size
     extra = {'generator':gens} if 'generator' in inspect.signature(scheduler.step).parameters else {}
     x = torch.stack([torch.randn(pipe.unet.config.in_channels, size, size, generator=g) for g in gens]).to(pipe.device, embeds.dtype)*scheduler.init_noise_sigma
-    if guided: embeds = torch.cat([null.expand_as(embeds), embeds])
     for t in scheduler.timesteps:
-        eps = predict_noise(pipe, scheduler.scale_model_input(torch.cat([x,x]) if guided else x, t), t, embeds)
-        if guided:
-            off,on = eps.chunk(2)
-            eps = off+sampler.guidance_scale*(on-off)
+        eps = guided(pipe, scheduler.scale_model_input(x, t), t, embeds, null, sampler.guidance_scale)
         x = scheduler.step(eps, t, x, return_dict=False, **extra)[0]
     return x
 
@@ -177,6 +187,23 @@ def sample_latents(
         full = at+at[-1:]*(sampler.batch-len(at))
         res.append(denoise(pipe, embeds[full], [seeds[j] for j in full], sampler, null)[:len(at)].cpu())
     return torch.cat(res)
+
+# %% ../nbs/20_pipeline.ipynb #2dc1fe1f
+@torch.no_grad()
+def partway(
+    pipe,
+    x:torch.Tensor,      # noise, `(n,4,h,w)`
+    embeds:torch.Tensor, null:torch.Tensor, # of the prompts `(n,L,d)`, of the empty prompt `(1,L,d)`
+    stop:int,            # steps to walk
+    steps:int=30,        # of a whole walk
+    scale:float=3.,      # guidance scale
+)->tuple[torch.Tensor,torch.Tensor]: # the latents reached `(n,4,h,w)`, and the timestep that is theirs, `()`
+    "Walk `stop` of `steps` guided DDIM steps with the model as it is now. Raises `FadeError` when that leaves no step to go."
+    check(0<=stop<steps, f'A walk of {steps} steps cannot stop after {stop}: choose 0 to {steps-1}.')
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(steps, device=pipe.device)
+    for t in ddim.timesteps[:stop]: x = ddim.step(guided(pipe, x, t, embeds, null, scale), t, x, return_dict=False)[0]
+    return x, ddim.timesteps[stop]
 
 # %% ../nbs/20_pipeline.ipynb #5882c085
 @torch.no_grad()
@@ -214,13 +241,25 @@ def activate(unet, names:list[str])->None:
     for m in unet.modules():
         if isinstance(m,LoraLayer): m._active_adapter = list(names)
 
+def edits(unet)->dict[str,dict[str,torch.Tensor]]:
+    "Edits that are on beside adapters: name to the tensors it uses that are no parameters of the U-Net."
+    return unet.__dict__.setdefault('edits', {})
+
+def changed(unet)->list[str]:
+    "Names of all that is on: adapters and edits."
+    return active(unet)+[n for n in edits(unet) if n not in active(unet)]
+
 # %% ../nbs/20_pipeline.ipynb #059618cb
 def model_fingerprint(
     pipe,
-    adapters:bool=False, # count the adapters that are on as part of the model
+    adapters:bool=False, # count the adapters and edits that are on as part of the model
 )->str: # 16 hex digits
     "A short hash of the U-Net and the text encoder."
-    def few(p): return p.detach().flatten()[::max(1,p.numel()//16)][:17].float().tolist()
+    def few(p): return [list(p.shape), p.detach().flatten()[::max(1,p.numel()//16)][:17].float().tolist()]
     on = active(pipe.unet) if adapters else []
     def counts(n): return 'lora_' not in n or any(f'.{a}.' in n for a in on)
-    return fingerprint({f'{k}.{n}'.replace('.base_layer',''):[list(p.shape), few(p)] for k in ('unet','text_encoder') for n,p in getattr(pipe,k).named_parameters() if counts(n)})
+    parts = {f'{k}.{n}'.replace('.base_layer',''):few(p) for k in ('unet','text_encoder') for n,p in getattr(pipe,k).named_parameters() if counts(n)}
+    if adapters:
+        parts |= {f'{a} {n}':s for n,m in pipe.unet.named_modules() if isinstance(m,LoraLayer) for a,s in m.scaling.items() if a in on}
+        parts |= {f'{e} {n}':few(p) for e,ts in edits(pipe.unet).items() for n,p in [('',torch.zeros(1)), *ts.items()]}
+    return fingerprint(parts)
