@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ConceptSet', 'concept_set', 'concept_sets', 'prompt', 'Sampler', 'generate', 'load_pipeline', 'sampler_for',
-           'Neighborhood', 'Studio', 'neighborhood', 'Mesh', 'attach', 'load', 'Recipe', 'erase', 'recipe_for',
-           'evaluate', 'judge_for', 'before_after', 'plot_losses', 'read_runs', 'run']
+           'Neighborhood', 'Studio', 'neighborhood', 'Mesh', 'attach', 'load', 'eraser', 'erasers', 'load_edit',
+           'recipe_for', 'Recipe', 'erase', 'evaluate', 'judge_for', 'before_after', 'plot_losses', 'read_runs', 'run']
 
 # %% ../nbs/91_api.ipynb #ccd40be2
 from .concepts import ConceptSet, concept_set, concept_sets, prompt
 from .pipeline import Sampler, generate, load_pipeline, sampler_for
 from .neighborhood import Neighborhood, Studio, neighborhood
 from .mesh import Mesh, attach, load
-from .trainer import Recipe, erase, recipe_for
+from .eraser import eraser, erasers, load_edit, recipe_for
+from .trainer import Recipe, erase
 from .metrics import evaluate, judge_for
 from .report import before_after, plot_losses, read_runs
 from .run import run
 
 _all_ = ['ConceptSet','concept_set','concept_sets','prompt','Sampler','generate','load_pipeline','sampler_for','Neighborhood','Studio','neighborhood',
-         'Mesh','attach','load','Recipe','erase','recipe_for','evaluate','judge_for','before_after','plot_losses','read_runs','run']
+         'Mesh','attach','load','eraser','erasers','load_edit','recipe_for','Recipe','erase','evaluate','judge_for','before_after','plot_losses','read_runs','run']

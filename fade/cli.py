@@ -8,7 +8,6 @@ __all__ = ['add_model', 'add_target', 'parser', 'slug', 'do_erase', 'do_neighbor
 
 # %% ../nbs/90_cli.ipynb #aea76b33
 import argparse, os, sys
-from dataclasses import asdict
 from pathlib import Path
 from .core import *
 from .concepts import *
@@ -35,10 +34,11 @@ def parser()->argparse.ArgumentParser:
     top = argparse.ArgumentParser('fade', description='Remove one fine-grained concept from a text-to-image diffusion model and leave its neighbours alone.')
     sub = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     p = sub.add_parser('erase', help='erase a concept and score the result'); add_target(p); add_model(p)
-    p.add_argument('--recipe', default='', help="paper or released (default: the model's own)")
+    p.add_argument('--method', default='fade', help='fade, or a peer: esd, ca, fmn, uce, spm, receler (default: %(default)s)')
+    p.add_argument('--recipe', default='', help="a recipe of the method, such as paper (default: the model's own)")
     p.add_argument('--steps', type=int, help="optimiser steps (default: the recipe's)")
     p.add_argument('--n', type=int, default=25, help='evaluation images a concept (default: %(default)s)')
-    p.add_argument('--out', default='', help='run folder (default: runs/TARGET)')
+    p.add_argument('--out', default='', help='run folder (default: runs/TARGET, or runs/METHOD/TARGET for a peer)')
     p = sub.add_parser('neighborhood', help='find the concepts nearest to one'); add_target(p); add_model(p)
     p = sub.add_parser('evaluate', help='score a run again, with other images or another judge'); p.add_argument('run', help='a run folder'); add_model(p)
     p.add_argument('--n', type=int, default=25, help='images a concept (default: %(default)s)')
@@ -60,7 +60,7 @@ def slug(name:str)->str:
 
 def do_erase(a)->None:
     from fade.run import run
-    run(a.target, a.out or Path('runs')/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.device, a.dtype)
+    run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.device, a.dtype)
 
 def do_neighborhood(a)->None:
     find_target(a.target, a.candidates, a.superclass); prompt(a.target, a.template)
@@ -79,18 +79,18 @@ def open_run(a):
     return folder, nb, Studio(load_pipeline(model, a.device, a.dtype), template=m['template'], seed=a.seed)
 
 def do_evaluate(a)->None:
-    from fade.run import closing_table, evaluate, judge_for, load
+    from fade.run import closing_table, evaluate, judge_for, load_edit
     folder,nb,studio = open_run(a)
-    record = evaluate(studio, load(studio.pipe, folder/'mesh.safetensors'), nb, judge_for(studio, nb, a.judge), a.n)
+    record = evaluate(studio, load_edit(studio.pipe, folder), nb, judge_for(studio, nb, a.judge), a.n)
     save_json(folder/f'evaluation-{a.seed}.json', record)
     print(closing_table(record))
 
 def do_generate(a)->None:
-    from fade.run import generate, load
+    from fade.run import generate, load_edit
     from fade.features import to_pil
     check(a.n>=1, f'{a.n} images cannot be made: choose 1 or more.')
     folder,_,studio = open_run(a)
-    load(studio.pipe, folder/'mesh.safetensors').scale(a.strength)
+    load_edit(studio.pipe, folder).scale(a.strength)
     for i,image in enumerate(to_pil(generate(studio.pipe, [a.prompt]*a.n, [a.seed+i for i in range(a.n)], studio.sampler))):
         path = folder/'images'/f'{slug(a.prompt)}-{a.seed+i}.png'
         with whole_file(path) as f: image.save(f)

@@ -6,17 +6,14 @@
 __all__ = ['erb', 'resample', 'measured', 'frechet', 'judge_for', 'accuracy', 'evaluate', 'scores', 'quality', 'ship_untouched']
 
 # %% ../nbs/60_metrics.ipynb #d979beff
-import time
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from .core import *
 from .concepts import *
-from .features import Phi
 from .judge import *
 from .pipeline import *
 from .neighborhood import *
-from .mesh import *
 
 # %% ../nbs/60_metrics.ipynb #e9117ac9
 def erb(
@@ -97,7 +94,7 @@ def accuracy(seen:dict, concepts:list[str])->float:
 
 def evaluate(
     studio:Studio,     # the untouched model
-    mesh:Mesh,         # attached to its pipeline
+    edit,              # a mesh or another edit, attached to its pipeline
     nb:Neighborhood,
     judge=None,        # from `judge_for` when left out
     n:int=25,          # images a concept
@@ -107,9 +104,9 @@ def evaluate(
     unrelated = nb.unrelated(seed=studio.seed)
     groups = dict(target=[nb.target], neighbours=nb.neighbours, heldout=nb.heldout, unrelated=unrelated)
     concepts = sum(groups.values(), [])
-    with mesh.off(): before = studio.seen(concepts, n, judge)
+    with edit.off(): before = studio.seen(concepts, n, judge)
     edited = Studio(studio.pipe, studio.sampler, studio.template, studio.phi, studio.seed)
-    with mesh.folded(): after = edited.seen(concepts, n, judge)
+    with edit.folded(): after = edited.seen(concepts, n, judge)
     return scores(before, after, groups, studio, judge, nb)
 
 # %% ../nbs/60_metrics.ipynb #4c4dceec

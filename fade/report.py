@@ -6,7 +6,6 @@
 __all__ = ['parts', 'figure', 'save_figure', 'plot_losses', 'before_after', 'read_runs', 'closing_table']
 
 # %% ../nbs/70_report.ipynb #2b7c3217
-import io
 from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,7 +15,6 @@ from .concepts import *
 from .features import to_pil
 from .pipeline import *
 from .neighborhood import *
-from .mesh import *
 
 # %% ../nbs/70_report.ipynb #0073fe84
 def figure(
@@ -54,7 +52,7 @@ def plot_losses(
 # %% ../nbs/70_report.ipynb #7c07212f
 def before_after(
     studio:Studio,
-    mesh:Mesh,          # attached to the studio's pipeline
+    edit,               # a mesh or another edit, attached to the studio's pipeline
     nb:Neighborhood,
     n:int=4,            # images a side
     concepts:list[str]=(), # rows; target, two neighbours, two held out and two unrelated when empty
@@ -62,8 +60,8 @@ def before_after(
     "Images of the untouched and of the edited model for the same seeds; returns the figure."
     concepts = list(concepts) or [nb.target]+nb.neighbours[:2]+nb.heldout[:2]+nb.unrelated(2,studio.seed)
     prompts,seeds = [prompt(c,studio.template) for c in concepts for _ in range(n)],[s for c in concepts for s in studio.seeds('evaluation',c,n)]
-    with mesh.off(): before = generate(studio.pipe, prompts, seeds, studio.sampler)
-    with mesh.folded(): after = generate(studio.pipe, prompts, seeds, studio.sampler)
+    with edit.off(): before = generate(studio.pipe, prompts, seeds, studio.sampler)
+    with edit.folded(): after = generate(studio.pipe, prompts, seeds, studio.sampler)
     fig,axs = figure(1.2+1.3*n, .72*len(concepts)+.3, len(concepts), 2*n)
     for images,part in ((before,axs[:,:n]),(after,axs[:,n:])):
         for o,ax in zip(to_pil(images), part.flat): ax.imshow(o); ax.axis('off')
@@ -77,15 +75,18 @@ parts = ('a_er','a_adj','erb','heldout','unrelated')
 
 def read_runs(
     folder:str|Path, # holds run folders, at any depth
-)->pd.DataFrame:     # one row a run: target, world, recipe, seed, and of each score its value, low, high, n, untouched
+)->pd.DataFrame:     # one row a run: method, target, world, recipe, seed, seconds of training; of each score its value, low, high, n, untouched; cost
     "Collect finished runs into one tidy table. Raises `FadeError` when there is none."
     files = sorted(Path(folder).rglob('metrics.json'))
     check(files, f'There is no finished run below {folder}: a run is finished when it has a metrics.json.')
     rows = []
-    for m in map(load_json, files):
-        if not m.get('a_er'): continue
-        row = dict(target=m['target'], world=m.get('candidates',''), recipe=m['recipe']['name'], seed=m['seeds']['training'], seconds=m['seconds']['total'])
-        rows.append({**row, **{(p if k=='value' else f'{p}_{k}'):v for p in parts if m[p] for k,v in m[p].items()}, 'frechet':(m.get('quality') or {}).get('frechet')})
+    for f in files:
+        m = load_json(f)
+        if m.get('schema')!=2: continue
+        row = dict(method=m['method'], target=m['target'], world=m.get('candidates',''), recipe=m['recipe']['name'], seed=m['seeds']['training'], seconds=m['seconds']['training'])
+        row |= {(p if k=='value' else f'{p}_{k}'):v for p in parts if m[p] for k,v in m[p].items()}
+        row |= dict(frechet=(m.get('quality') or {}).get('frechet'), **m['unet'], weights=m['edit']['weights'], memory=m['peak_memory_bytes'], folder=Path(f).parent.name)
+        rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/70_report.ipynb #0f97e243

@@ -47,7 +47,7 @@ def test_killed_and_resumed(whole, tmp_path, after):
 
 def test_the_record_keeps_its_contract(whole):
     folder, m = whole
-    assert m["schema"] == 1 and m["target"] == "hooded owl" and len(m["neighbours"]) == 5
+    assert m["schema"] == 2 and m["target"] == "hooded owl" and len(m["neighbours"]) == 5
     for name in ("a_er", "a_adj", "erb", "heldout", "unrelated"):
         assert set(m[name]) == {"value", "low", "high", "n", "untouched"}
         assert m[name]["low"] <= m[name]["value"] <= m[name]["high"]
