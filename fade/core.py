@@ -11,7 +11,7 @@ import hashlib, json, os, random, tempfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 import numpy as np
 import torch
 from platformdirs import user_cache_dir

@@ -9,7 +9,6 @@ __all__ = ['squared', 'moments', 'mean_squared', 'expungement', 'guidance', 'adj
 # %% ../nbs/41_losses.ipynb #e903c45a
 import torch
 import torch.nn.functional as F
-from .core import *
 
 # %% ../nbs/41_losses.ipynb #7f2340ca
 def squared(

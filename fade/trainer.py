@@ -162,8 +162,8 @@ def released_loss(
     return loss
 
 # %% ../nbs/50_trainer.ipynb #64bb8fca
-def kept_bank(studio, nb, recipe, seed, folder, about):
-    "The bank from the run folder, or a new one, kept there."
+def kept_bank(build, folder, about):
+    "The bank from the run folder, or one that `build()` makes, kept there."
     file = Path(folder)/'bank.safetensors' if folder else None
     if file and file.exists():
         try:
@@ -171,7 +171,7 @@ def kept_bank(studio, nb, recipe, seed, folder, about):
             if meta['about']==about: return bank,meta['prompts']
         except (FadeError,KeyError,TypeError) as e:
             file.replace(file.with_suffix('.set-aside')); warnings.warn(f'{e} It was set aside and is made again.')
-    bank,prompts = build_bank(studio, nb, recipe, seed)
+    bank,prompts = build()
     if file: save_tensors(file, bank, dict(about=about, prompts=prompts))
     return bank,prompts
 
@@ -188,7 +188,7 @@ def erase(
     "Erase a neighbourhood's target with FADE. Raises `FadeError` at a loss that is not finite; the last good checkpoint stays."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe)
     about = run_about('fade', studio, nb, recipe, seed)
-    if recipe.form=='paper': bank,prompts = kept_bank(studio, nb, recipe, seed, folder, fingerprint(about))
+    if recipe.form=='paper': bank,prompts = kept_bank(lambda: build_bank(studio, nb, recipe, seed), folder, fingerprint(about))
     mesh = attach(pipe, recipe.rank, recipe.alpha, recipe.modules, name, seed)
     loss = paper_loss(pipe, bank, prompts, recipe) if recipe.form=='paper' else released_loss(pipe, nb, mesh, recipe, seed)
     return mesh, train(mesh, loss, recipe, about, folder, weight_decay=1e-2, every=every, desc=f'erasing {nb.target}')
