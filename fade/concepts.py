@@ -134,14 +134,17 @@ def find_target(
     target:str,            # a concept
     candidates:str|Path='', # a set's name or a file; the first shipped set that has the target when empty
     superclass:str='',     # overrides the set's own
+    drawn:bool=False,      # search the drawn worlds only, which is all that the miniature has seen
 )->tuple[str,ConceptSet]:  # the cleaned target, and the set of its candidates
     "The set in which to look for a target's neighbours. Raises `FadeError` when the target is in no set and none was given."
     target = clean_name(target)
-    for s in [candidates] if candidates else concept_sets():
-        cs = concept_set(s)
+    sets = [concept_set(s) for s in ([candidates] if candidates else worlds() if drawn else concept_sets())]
+    for cs in sets:
         if found := cs.find(target): return found, replace(cs, superclass=superclass) if superclass else cs
     if candidates: return target, concept_set(candidates, superclass)
-    near = difflib.get_close_matches(target.lower(), [n for cs in shelf().values() for n in cs.names], 4, .4)
+    other = next((s for s,cs in shelf().items() if cs.find(target)), '')
+    check(not other, f"'{target}' is of {other}, which the miniature has never seen: choose a model that has with --model, or a concept of {', '.join(worlds())}.")
+    near = difflib.get_close_matches(target.lower(), [n for cs in sets for n in cs.names], 4, .4)
     hint = f"; the nearest are {', '.join(near)}" if near else ''
     raise FadeError(f"'{target}' is in no concept set{hint}: correct the name, or say where its neighbours are to be looked for with --candidates.")
 

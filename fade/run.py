@@ -102,7 +102,7 @@ def run(
         check(m['target']==clean_name(target), f"{out} is a finished run for '{m['target']}': choose another folder with --out.")
         say(f'{done} is there: this run is finished. Choose another folder with --out to run again.')
         return m
-    target,cs = find_target(target, candidates, superclass); prompt(target, template)
+    target,cs = find_target(target, candidates, superclass, drawn=not model); prompt(target, template)
     check(1<=k<len(set(cs.names)-{target}), f"K is {k}, but there are {len(set(cs.names)-{target})} candidates beside the target: choose K from 1 to {len(set(cs.names)-{target})-1}.")
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     with run_folder(out) as folder:
