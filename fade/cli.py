@@ -63,7 +63,7 @@ def do_erase(a)->None:
     run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.device, a.dtype)
 
 def do_neighborhood(a)->None:
-    find_target(a.target, a.candidates, a.superclass); prompt(a.target, a.template)
+    find_target(a.target, a.candidates, a.superclass, drawn=not a.model); prompt(a.target, a.template)
     from fade.neighborhood import Studio, load_pipeline, neighborhood
     nb = neighborhood(Studio(load_pipeline(a.model,a.device,a.dtype), template=a.template, seed=a.seed), a.target, a.candidates, a.k, superclass=a.superclass)
     for i,(c,s) in enumerate(zip(nb.names,nb.similarity), 1): print(f"{i:4d} {s:6.1f}  {c}{'  *' if i<=nb.k else ''}")

@@ -115,17 +115,16 @@ class Neighborhood:
 
     @property
     def far(self)->list[str]:
-        "Ranks beyond 3K that no score is made on: the rest of a drawn world, or of a user's list without its last ten."
+        "Ranks beyond 3K that no score is made on: the rest of the set, or of a list without others to contrast it with, without its last ten."
         return self.names[3*self.k:] if self.others else self.names[3*self.k:-10]
 
     @property
     def others(self)->list[str]:
-        "The concepts of other drawn worlds; none for a user's list."
-        worlds = [cs for cs in map(concept_set, concept_sets()) if cs.attributes]
-        return [c for cs in worlds if cs.name!=self.source for c in cs.names] if self.source in [cs.name for cs in worlds] else []
+        "The concepts of the other drawn worlds, or of the sets that a published one is contrasted with; none for a user's list."
+        return elsewhere(self.source)
 
     def unrelated(self, n:int=10, seed:int=0)->list[str]:
-        "Concepts of other drawn worlds, drawn with a seed; for a user's own list, its lowest-ranked candidates."
+        "Concepts of other sets, drawn with a seed; for a user's own list, its lowest-ranked candidates."
         if not self.others: return self.names[max(3*self.k,len(self.names)-n):]
         return [self.others[i] for i in torch.randperm(len(self.others), generator=generator('unrelated',seed,self.target))[:n]]
 

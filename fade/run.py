@@ -99,13 +99,13 @@ def run(
     **changes,                 # other fields of the recipe that should differ
 )->dict:                       # the record, as in `metrics.json`
     "Erase a concept and score it; a finished folder is returned as it is, a half-finished one is finished. Raises `FadeError` for whatever the user can mend."
+    target,cs = find_target(target, candidates, superclass, drawn=not model); prompt(target, template); eraser(method)
     done = Path(out)/'metrics.json'
     if done.exists():
         m = load_json(done)
-        check((m['target'],m['method'])==(clean_name(target),method), f"{out} is a finished run of {m['method']} for '{m['target']}': choose another folder with --out.")
+        check((m['target'],m['method'])==(target,method), f"{out} is a finished run of {m['method']} for '{m['target']}': choose another folder with --out.")
         say(f'{done} is there: this run is finished. Choose another folder with --out to run again.')
         return m
-    target,cs = find_target(target, candidates, superclass); prompt(target, template); eraser(method)
     check(1<=k<len(set(cs.names)-{target}), f"K is {k}, but there are {len(set(cs.names)-{target})} candidates beside the target: choose K from 1 to {len(set(cs.names)-{target})-1}.")
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     with run_folder(out) as folder:
