@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['asked', 'edited', 'read_run', 'read_all', 'listed', 'single', 'plan_target', 'plan_checks', 'opaque', 'deal',
            'order_for', 'data_uri', 'render', 'draw', 'surest_of', 'open_studio', 'plan', 'numbered', 'drawn',
-           'build_study', 'answers_of', 'problem', 'tidy', 'read_answers', 'perfect', 'simulate', 'attention',
-           'attentive', 'shares', 'counts', 'part_scores', 'study_scores', 'plot_scores', 'krippendorff', 'agreement']
+           'write_study', 'build_study', 'answers_of', 'problem', 'tidy', 'read_answers', 'perfect', 'simulate',
+           'attention', 'attentive', 'shares', 'counts', 'part_scores', 'study_scores', 'plot_scores', 'krippendorff',
+           'agreement']
 
 # %% ../nbs/72_study.ipynb #7ff8b443
 import base64, io, json, math, random
@@ -82,6 +83,7 @@ def single(kind:str, r:dict, run, concept:str, seed:int, group:str, **more)->dic
     return dict(kind=kind, method=run and run['method'], run=run and run['label'], condition='edited' if run else 'untouched', target=r['target'],
                 concept=concept, group=group, check=False, images=[dict(run=run and run['label'], concept=concept, seed=seed)], **more)
 
+# %% ../nbs/72_study.ipynb #b4238d46
 def plan_target(
     runs:list[dict], # of one target
     fresh,           # concept and number to seeds that were not used before
@@ -193,6 +195,7 @@ def draw(
         with edited(studio.pipe, r['folder']): some(r['label'])
     return made
 
+# %% ../nbs/72_study.ipynb #c4790c2a
 def surest_of(
     studio:Studio, nb:Neighborhood, concepts:list[str], n:int=4,
 )->dict[str,int]: # concept to the seed of its clearest picture
@@ -203,7 +206,7 @@ def surest_of(
     sure = sure[torch.arange(len(sure)), torch.tensor([judge.names.index(c) for c in concepts for _ in range(n)])]
     return {c:seeds[c][p.argmax()] for c,p in zip(concepts, sure.view(-1,n))}
 
-# %% ../nbs/72_study.ipynb #c4790c2a
+# %% ../nbs/72_study.ipynb #8e2efd56
 def open_studio(runs:list[dict], seed:int, model:str|Path='', device:str='', dtype:str='float32')->Studio:
     "The untouched model that the runs began from. Raises `FadeError` for another one."
     how = runs[0]['how']
@@ -211,6 +214,7 @@ def open_studio(runs:list[dict], seed:int, model:str|Path='', device:str='', dty
     check(model_fingerprint(pipe)==how['model']['fingerprint'], f"The runs were made with another model than {pipe.name_or_path}: give theirs, {how['model']['name']}.")
     return Studio(pipe, Sampler(**how['sampler']), how['template'], seed=seed)
 
+# %% ../nbs/72_study.ipynb #c2930c30
 def plan(studio:Studio, runs:list[dict], per_concept:int, concepts:dict, checks:int)->list[dict]:
     "Every task of a study, with the pictures it needs by `run`, `concept` and `seed`."
     used,tasks = Counter(),[]
@@ -225,6 +229,7 @@ def plan(studio:Studio, runs:list[dict], per_concept:int, concepts:dict, checks:
     clearest = surest_of(studio, runs[0]['nb'], far) if checks else {}
     return tasks+plan_checks(runs[0], clearest.get, checks, far)
 
+# %% ../nbs/72_study.ipynb #6e9c9fc8
 def numbered(tasks:list[dict], seed:int)->dict:
     "Tasks by opaque number, and within each its `pictures` by theirs."
     numbers = iter(opaque(sum(1+len(t['images']) for t in tasks), seed))
@@ -243,6 +248,14 @@ def drawn(studio:Studio, runs:list[dict], tasks:dict, examples:int, size:int)->d
         examples={n:[uri(w,128) for w in ws] for n,ws in shown.items()})
 
 # %% ../nbs/72_study.ipynb #baf0c63f
+def write_study(out:Path, text:str, key:dict)->dict:
+    "Write `study.html` and `key.json`; returns the key. Raises `FadeError` rather than lose the key of another study."
+    check(not (out/'key.json').exists() or load_json(out/'key.json').get('page')==key['page'], f'{out} holds another study, whose answers need its key: choose another folder.')
+    with whole_file(out/'study.html') as f: f.write_text(text, encoding='utf-8')
+    save_json(out/'key.json', key)
+    return key
+
+# %% ../nbs/72_study.ipynb #c0281d1e
 def build_study(
     runs:list[str|Path],    # run folders of one model
     out:str|Path,           # where `study.html` and `key.json` go
@@ -264,9 +277,7 @@ def build_study(
     text,page = render(dict(title=title, intro=intro, forms=forms, **drawn(studio, runs, tasks, examples, size)))
     key = dict(kind='fade study key', schema=1, page=page, seed=seed, runs=[dict(label=r['label'], method=r['method'], target=r['target'], neighbours=r['nb'].neighbours) for r in runs], how=runs[0]['how'],
                forms=forms, tasks={i:{k:v for k,v in t.items() if k!='images'} for i,t in tasks.items()})
-    with whole_file(Path(out)/'study.html') as f: f.write_text(text, encoding='utf-8')
-    save_json(Path(out)/'key.json', key)
-    return key
+    return write_study(Path(out), text, key)
 
 # %% ../nbs/72_study.ipynb #048e8537
 def answers_of(task:dict)->list[list[str]]:
@@ -312,6 +323,7 @@ def tidy(a:dict, key:dict)->list[dict]:
                  dict(**about, kind='better', left=left, answer=better, value=dict(edited=1.,same=.5,untouched=0.)[better], ms=r['ms'][1])]
     return rows
 
+# %% ../nbs/72_study.ipynb #e5c177b9
 def read_answers(
     folder:str|Path,     # holds participants' files
     key:str|Path|dict,   # `key.json`, or what is in it
@@ -344,6 +356,7 @@ def perfect(task:dict)->list[str]:
     if task['kind']=='name': return ['none' if gone else task['concept']]
     return ['yes' if task['name']==task['concept'] and not gone else 'no']
 
+# %% ../nbs/72_study.ipynb #a3ed5032
 def simulate(
     key:dict,       # from `build_study`
     people:int,
@@ -417,9 +430,11 @@ def part_scores(d:pd.DataFrame, draws:int, *purpose)->dict: # score to value, sa
         res[name] = (value,sample,part.task.nunique(),part.participant.nunique())
     if {'a_er','a_adj'}<=set(res):
         (er,er_sample,n,_),(adj,adj_sample,m,_) = res['a_er'],res['a_adj']
-        res['erb'] = (erb(er,adj), erb(er_sample.nan_to_num(0).clamp(0,1),adj_sample.nan_to_num(0).clamp(0,1)), n+m, len(people))
+        both = er_sample.isfinite()&adj_sample.isfinite()
+        res['erb'] = (erb(er,adj), erb(er_sample[both].clamp(0,1),adj_sample[both].clamp(0,1)), n+m, len(people))
     return res
 
+# %% ../nbs/72_study.ipynb #7ea640d2
 def study_scores(
     df:pd.DataFrame,      # from `read_answers`
     by:tuple=('method',), # what a row of scores is about; add `target` or `run` for finer ones
