@@ -53,20 +53,20 @@ def edited(
 # %% ../nbs/72_study.ipynb #e76781bd
 def read_run(
     folder:str|Path, # made by `fade erase`, or by another method in the same form
-)->dict:             # `label`, `folder`, `method`, `target`, `nb`, `how`
+)->dict:             # `folder`, `method`, `target`, `nb`, `how`
     "What a study needs to know of a run. Raises `FadeError` when it is not finished."
     folder = Path(folder)
     check((folder/'metrics.json').is_file(), f"{folder} is no finished run: give folders made by 'fade erase'.")
     m,nb = load_json(folder/'metrics.json'),Neighborhood.load(folder/'neighborhood.json')
-    return dict(label=folder.name, folder=folder, method=m.get('method','fade'), target=nb.target, nb=nb,
+    return dict(folder=folder, method=m.get('method','fade'), target=nb.target, nb=nb,
                 how=dict(model=m['model'], sampler=m['sampler'], template=m['template']))
 
 def read_all(
     folders:list[str|Path],
-)->list[dict]: # as from `read_run`
+)->list[dict]: # as from `read_run`, each with a `label` of its own
     "The runs of a study. Raises `FadeError` for none, or for runs that cannot be compared."
     check(folders, 'There are no runs to build a study from: give one folder or more.')
-    runs = [read_run(f) for f in folders]
+    runs = [{**read_run(f), 'label':f'{i} {Path(f).name}'} for i,f in enumerate(folders)]
     for r in runs[1:]:
         check(r['how']==runs[0]['how'], f"{r['folder']} and {runs[0]['folder']} differ in model, sampler or template: build one study for each.")
         same = next(o for o in runs if o['target']==r['target'])
@@ -270,6 +270,7 @@ def build_study(
 )->dict:                    # the key
     "Write the page and its key. Raises `FadeError` for runs that are unfinished, or cannot be compared."
     check(min(per_concept,examples)>=1, 'A study needs a picture of each concept and an example of each name: raise per_concept or examples.')
+    check(max(concepts.values())<=7, 'A list has room for the target and seven more: ask about seven concepts of a kind at most.')
     runs = read_all(runs)
     studio = open_studio(runs, seed, model, device, dtype)
     tasks = numbered(plan(studio, runs, per_concept, concepts, checks), seed)
