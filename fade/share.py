@@ -8,13 +8,14 @@ __all__ = ['weight_files', 'pictures', 'score_names', 'licences', 'limits', 'wit
            'share', 'push']
 
 # %% ../nbs/83_share.ipynb #6b8a40ba
-import re, shutil
+import json, re, shutil
 from importlib.metadata import files
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .core import *
+from .concepts import prompt
 
 # %% ../nbs/83_share.ipynb #ff4400cb
 weight_files = ('mesh.safetensors','edit.safetensors')
@@ -63,23 +64,23 @@ def diffusers_code(
     weights:str,  # one of `weight_files`
 )->str:
     "A program that makes one image with the edited model."
-    s,concept = metrics['sampler'],metrics['target']
-    sentence = metrics['template'].replace('{}', concept)
+    s,sentence = metrics['sampler'],json.dumps(prompt(metrics['target'], metrics['template']), ensure_ascii=False)
     lines = ['import torch', f"from diffusers import {', '.join(['StableDiffusionPipeline', *([s['scheduler']] if s['scheduler'] else [])])}"]
     load = [f'pipe.load_lora_weights("{where}", weight_name="{weights}")  # pipe.unload_lora_weights() takes it off']
     if weights==weight_files[1]:
         lines += ['from huggingface_hub import hf_hub_download'] if where!='.' else []
         lines += ['from safetensors.torch import load_file']
-        load = [f'edit = load_file({f"hf_hub_download({where!r}, {weights!r})" if where!="." else repr(weights)})', 'unknown = pipe.unet.load_state_dict(edit, strict=False).unexpected_keys', 'assert not unknown, unknown']
+        file = f'"{weights}"' if where=='.' else f'hf_hub_download("{where}", "{weights}")'
+        load = [f'edit = load_file({file})', 'unknown = pipe.unet.load_state_dict(edit, strict=False).unexpected_keys', 'assert not unknown, unknown']
     if s['scheduler']: load.append(f"pipe.scheduler = {s['scheduler']}.from_config(pipe.scheduler.config)")
-    draw = f'image = pipe({sentence!r}, num_inference_steps={s["steps"]}, guidance_scale={s["guidance_scale"]}, generator=torch.Generator().manual_seed(0)).images[0]'
+    draw = f'image = pipe({sentence}, num_inference_steps={s["steps"]}, guidance_scale={s["guidance_scale"]}, generator=torch.Generator().manual_seed(0)).images[0]'
     return '\n'.join([*lines, '', f'pipe = StableDiffusionPipeline.from_pretrained("{base}")', *load, draw, 'image.save("image.png")'])
 
 def fade_code(
     model:str, # the base model's hub id, or empty for the miniature
 )->str:
     "The same with fade, in the folder itself; the strength can be chosen, and a mesh of another model is refused."
-    return '\n'.join(['from fade.api import *', '', f'pipe = load_pipeline({model!r})', 'mesh = load(pipe, "mesh.safetensors")  # in this folder', 'mesh.scale(.7)                         # 1 as trained, 0 off', 'mesh.detach()                          # the pipeline as it was'])
+    return '\n'.join(['from fade.api import *', '', 'pipe = load_pipeline('+(f'"{model}"' if model else '')+')', 'mesh = load(pipe, "mesh.safetensors")  # in this folder', 'mesh.scale(.7)                         # 1 as trained, 0 off', 'mesh.detach()                          # the pipeline as it was'])
 
 # %% ../nbs/83_share.ipynb #c8019f9a
 def table(
@@ -96,7 +97,7 @@ def scores_text(
     rows = [(words, f"{s['value']:.3f}", f"{s['low']:.3f} … {s['high']:.3f}", s['n'], f"{s['untouched']:.3f}") for p,words in score_names.items() if (s:=metrics.get(p))]
     judge,q = metrics.get('judge') or {},metrics.get('quality') or {}
     more = f"\n\nFréchet distance of {q['n']} images of kept concepts to those of the untouched model, in {q['dim']} feature dimensions: {q['frechet']}." if q.get('frechet') is not None else ''
-    return table(rows, ['score','value','95 % interval','images','untouched model'])+f"\n\nJudge: a {judge.get('kind','')} classifier of {judge.get('classes','?')} names ({judge.get('source','')}). Intervals are a bootstrap over images. Neighbours were trained on, held-out neighbours and unrelated concepts were not.{more}"
+    return table(rows, ['score','value','95 % interval','images','untouched model'])+f"\n\nJudge: a {judge.get('kind','')} classifier of {judge.get('classes','?')} names ({judge.get('source','')}). Intervals are a bootstrap over images; where all images agree theirs has no width, however few they are. Neighbours were trained on, held-out neighbours and unrelated concepts were not.{more}"
 
 def making_text(
     metrics:dict, # a run's record
@@ -129,10 +130,10 @@ def card(
     base = model or f"the miniature Stable Diffusion that ships with fade (`data/miniature` in its repository, `fade.core.data_path('miniature')` where it is installed)"
     name = repo.split('/')[-1] or f"{metrics.get('method','fade')}-{'-'.join(target.split())}"
     def picture(file, words): return f'\n![{words}]({file})\n' if file in shown else ''
-    fade = f"## With fade\n\n```python\n{fade_code(model)}\n```\n\nIn a terminal: `fade generate FOLDER --prompt \"{metrics['template'].replace('{}',target)}\"`, where FOLDER is a copy of this one.\n\n" if mesh else ''
+    fade = f"## With fade\n\n```python\n{fade_code(model)}\n```\n\nIn a terminal: `fade generate FOLDER --prompt \"{prompt(target, metrics['template'])}\"`, where FOLDER is a copy of this one.\n\n" if mesh else ''
     text = f"""# {name}
 
-{'A mesh, a small LoRA adapter,' if mesh else 'Changed weights of the U-Net'} with which {base} no longer draws **{target}** and goes on drawing what is close to it. Made with `{metrics.get('method','fade')}`, in a reproduction of [FADE](https://arxiv.org/abs/2503.19783) (CVPR 2025) that is not by its authors.
+{'A mesh, a small LoRA adapter,' if mesh else 'Changed weights of the U-Net'} made so that {base} stops drawing **{target}** and goes on drawing what is close to it; the scores below say how far that went. Method: `{metrics.get('method','fade')}`, in a reproduction of [FADE](https://arxiv.org/abs/2503.19783) (CVPR 2025) that is not by its authors.
 {picture('before_after.png', 'Images of the untouched and of the edited model for the same seeds')}
 ## Scores
 

@@ -105,6 +105,35 @@ def test_interrupted_and_resumed(place):
     assert sweep(place, "--workers", "2")[0] == 0
 
 
+sbatch = """#!{python}
+import os, re, subprocess, sys
+first, last = map(int, re.search(r"--array=(\\d+)-(\\d+)", open(sys.argv[-1]).read()).groups())
+for task in range(first, last+1):
+    env = dict(os.environ, SLURM_JOB_ID=str(100+task), SLURM_ARRAY_JOB_ID="77", SLURM_ARRAY_TASK_ID=str(task), SLURM_JOB_NODELIST="n1")
+    subprocess.Popen(["bash", sys.argv[-1]], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job 77")
+"""
+srun = """#!/bin/bash
+while [[ "$1" == --* ]]; do case "$1" in --output|--error) shift 2;; *) shift;; esac; done
+"$@"; touch {folder}/ended-$SLURM_ARRAY_TASK_ID
+"""
+sacct = """#!/bin/bash
+echo "JobID|State|NodeList"
+for t in 0 1; do [ -e {folder}/ended-$t ] && s=COMPLETED || s=RUNNING; echo "77_$t|$s|n1"; done
+"""
+
+
+def test_the_same_line_on_a_cluster(place, monkeypatch):
+    "Slurm's commands are stand-ins that run the jobs here."
+    for name, text in dict(sbatch=sbatch, srun=srun, sacct=sacct, scancel="#!/bin/bash\n").items():
+        (place / name).write_text(text.replace("{python}", sys.executable).replace("{folder}", str(place)))
+        (place / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    (place / "four.yaml").write_text("grid: {x: [0, 3]}\n")
+    code, out, err = sweep(place, "--executor", "slurm", "--options", "slurm_partition=gpu", "timeout_min=60")
+    assert code == 1 and "1 of 2 runs are finished" in out and "three is one too many" in out
+
+
 def test_two_at_once(place):
     (place / "four.yaml").write_text("shared: {wait: 6}\ngrid: {x: [0]}\n")
     first = start(place)
