@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['weight_files', 'pictures', 'score_names', 'licences', 'limits', 'without_folders', 'licence_text', 'front_matter',
-           'diffusers_code', 'fade_code', 'table', 'scores_text', 'making_text', 'card', 'check_folder', 'check_repo',
+           'diffusers_code', 'fade_text', 'table', 'scores_text', 'making_text', 'card', 'check_folder', 'check_repo',
            'share', 'push']
 
 # %% ../nbs/83_share.ipynb #6b8a40ba
@@ -76,11 +76,15 @@ def diffusers_code(
     draw = f'image = pipe({sentence}, num_inference_steps={s["steps"]}, guidance_scale={s["guidance_scale"]}, generator=torch.Generator().manual_seed(0)).images[0]'
     return '\n'.join([*lines, '', f'pipe = StableDiffusionPipeline.from_pretrained("{base}")', *load, draw, 'image.save("image.png")'])
 
-def fade_code(
-    model:str, # the base model's hub id, or empty for the miniature
+def fade_text(
+    metrics:dict, # a run's record
+    model:str,    # the base model's hub id, or empty for the miniature
 )->str:
     "The same with fade, in the folder itself; the strength can be chosen, and a mesh of another model is refused."
-    return '\n'.join(['from fade.api import *', '', 'pipe = load_pipeline('+(f'"{model}"' if model else '')+')', 'mesh = load(pipe, "mesh.safetensors")  # in this folder', 'mesh.scale(.7)                         # 1 as trained, 0 off', 'mesh.detach()                          # the pipeline as it was'])
+    load = f'load_pipeline("{model}")' if model else 'load_pipeline()'
+    code = ['from fade.api import *', '', f'pipe = {load}', 'mesh = load(pipe, "mesh.safetensors")  # in this folder', 'mesh.scale(.7)                         # 1 as trained, 0 off', 'mesh.detach()                          # the pipeline as it was']
+    words = f"In a terminal: `fade generate FOLDER --prompt \"{prompt(metrics['target'], metrics['template'])}\"`, where FOLDER is a copy of this one."
+    return '\n'.join(['## With fade', '', '```python', *code, '```', '', words, '', ''])
 
 # %% ../nbs/83_share.ipynb #c8019f9a
 def table(
@@ -130,7 +134,7 @@ def card(
     base = model or f"the miniature Stable Diffusion that ships with fade (`data/miniature` in its repository, `fade.core.data_path('miniature')` where it is installed)"
     name = repo.split('/')[-1] or f"{metrics.get('method','fade')}-{'-'.join(target.split())}"
     def picture(file, words): return f'\n![{words}]({file})\n' if file in shown else ''
-    fade = f"## With fade\n\n```python\n{fade_code(model)}\n```\n\nIn a terminal: `fade generate FOLDER --prompt \"{prompt(target, metrics['template'])}\"`, where FOLDER is a copy of this one.\n\n" if mesh else ''
+    fade = fade_text(metrics, model) if mesh else ''
     text = f"""# {name}
 
 {'A mesh, a small LoRA adapter,' if mesh else 'Changed weights of the U-Net'} made so that {base} stops drawing **{target}** and goes on drawing what is close to it; the scores below say how far that went. Method: `{metrics.get('method','fade')}`, in a reproduction of [FADE](https://arxiv.org/abs/2503.19783) (CVPR 2025) that is not by its authors.

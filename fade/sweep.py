@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plain', 'declared', 'parameters', 'fits', 'check_values', 'check_parameters', 'check_known', 'read_grid', 'complete',
            'run_name', 'finished', 'run_one', 'requeue', 'told_cost', 'measured_cost', 'cost', 'collect',
-           'executor_for', 'read_options', 'alone', 'surroundings', 'outcome', 'unheard', 'work_off', 'announce_sweep',
-           'sweep']
+           'executor_for', 'read_options', 'alone', 'surroundings', 'outcome', 'unheard', 'work_off', 'plan',
+           'announce_sweep', 'sweep']
 
 # %% ../nbs/82_sweep.ipynb #472040b7
 import ast, difflib, itertools, json, math, os, shutil, time
@@ -131,8 +131,8 @@ def run_name(
     start:str='run', # begins the name where nothing varies
 )->str:
     "A folder's name: what varies, and eight digits for everything."
-    words = '_'.join(f'{k}-{params[k]}' for k in shown) or start
-    plain = '-'.join(''.join(c if c.isalnum() or c in '_.-' else ' ' for c in words).split())
+    words = '_'.join(f'{k}={params[k]}' for k in shown) or start
+    plain = '-'.join(''.join(c if c.isalnum() or c in '=_.-' else ' ' for c in words).split())
     return f'{plain[:80]}_{fingerprint(params)[:8]}'
 
 def finished(
@@ -314,16 +314,31 @@ def work_off(
     return failed
 
 # %% ../nbs/82_sweep.ipynb #12e56c95
-def announce_sweep(notebook, out, runs, todo, workers, say)->None:
-    "Say what will be done and what it will cost."
-    say(f'{notebook.name}: {len(runs)} runs, {len(runs)-len(todo)} of them finished, in {out}')
+def plan(
+    notebook:Path,
+    grid:str|Path|dict,
+    out:Path,           # the sweep's folder
+)->dict[Path,dict]:     # each run's folder and complete parameters
+    "What the grid asks for. Raises `FadeError` for whatever the notebook does not take."
+    known,rows = parameters(notebook),read_grid(grid)
+    check('out' in known, f"The notebook {notebook} has no parameter 'out': declare it, the folder that metrics.json is written to.")
+    for r in rows: check_values(r, known, notebook.name)
+    rows = [complete(r,known) for r in rows]
+    shown = [k for k in rows[0] if len({json.dumps(r.get(k)) for r in rows})>1]
+    names = [run_name(r, shown, notebook.stem) for r in rows]
+    return {next(out.glob(f'*_{n[-8:]}'), out/n).resolve():r for n,r in zip(names,rows)}
+
+def announce_sweep(notebook, out, runs, todo, workers, say)->dict:
+    "Say what will be done and what it will cost; returns what the sweep's folder should remember. Raises `FadeError` in a folder of another notebook."
     code = fingerprint([c['source'] for c in load_json(notebook)['cells'] if c['cell_type']=='code'])
     about = load_json(out/'sweep.json') if (out/'sweep.json').is_file() else dict(schema=1, notebook=notebook.name, code=code)
     check(about['notebook']==notebook.name, f"{out} is a sweep of {about['notebook']}: choose another folder with --out.")
+    say(f"{notebook.name}: {len(runs)} run{'s'[:len(runs)>1]}, {len(runs)-len(todo)} finished, in {out}")
     if about['code']!=code: say(f'{notebook.name} has changed since this sweep began: finished runs are kept as they are.')
     say(cost(notebook, out, len(todo), workers))
     return about
 
+# %% ../nbs/82_sweep.ipynb #7d94d58c
 def sweep(
     notebook:str|Path,      # an experiment
     grid:str|Path|dict,     # as for `read_grid`
@@ -335,15 +350,9 @@ def sweep(
     say=print,              # what to do with lines meant to be read
 )->dict:                    # `done`, names of finished runs, and `failed`, names and last lines of errors
     "Run a notebook for every setting of a grid, except those that are finished. Raises `FadeError` for whatever can be known to be wrong before."
-    known,rows = parameters(notebook),read_grid(grid)
-    check('out' in known, f"The notebook {notebook} has no parameter 'out': declare it, the folder that metrics.json is written to.")
-    for r in rows: check_parameters(notebook, r)
     check(workers>=0, f'{workers} workers cannot work: choose 1 or more.')
     notebook,out = Path(notebook).resolve(),Path(out or Path('runs')/f"{Path(notebook).stem}-{'grid' if isinstance(grid,dict) else Path(grid).stem}")
-    rows = [complete(r,known) for r in rows]
-    shown = [k for k in rows[0] if len({json.dumps(r.get(k), default=str) for r in rows})>1]
-    named = [run_name(r, shown, notebook.stem) for r in rows]
-    runs = {next(out.glob(f'*_{n[-8:]}'), out/n).resolve():r for n,r in zip(named,rows)}
+    runs = plan(notebook, grid, out)
     todo = {f:r for f,r in runs.items() if not finished(f)}
     workers = 1 if executor=='debug' else workers or (len(todo) or 1 if executor=='slurm' else 1)
     if dry_run:
@@ -352,13 +361,13 @@ def sweep(
         return dict(done=[f.name for f in runs if f not in todo], failed={})
     with alone(out):
         about = announce_sweep(notebook, out, runs, todo, workers, say)
-        start = executor_for(executor, out.resolve()/'.sweep'/'jobs'/'%j', dict(options or {}, **({'slurm_array_parallelism':workers} if executor=='slurm' else {})))
+        start = executor_for(executor, out.resolve()/'.sweep'/'jobs'/'%j', {**({'slurm_array_parallelism':workers} if executor=='slurm' else {}), **(options or {})})
         save_json(out/'sweep.json', about)
         for f,r in todo.items():
             with whole_file(f/'params.yaml') as t: t.write_text(yaml.safe_dump(r, sort_keys=False, allow_unicode=True), encoding='utf-8')
         try: failed = work_off(start, executor, notebook, todo, workers)
         finally: collect(out)
         if not any('.sweep/jobs' in e for e in failed.values()): shutil.rmtree(out/'.sweep'/'jobs', ignore_errors=True)
-    say(f"{len(runs)-len(failed)} of {len(runs)} runs are finished{f', in one table: {out}/sweep.csv' if (out/'sweep.csv').is_file() else ''}")
+    say(f"{len(runs)-len(failed)} of {len(runs)} finished{f', in one table: {out}/sweep.csv' if (out/'sweep.csv').is_file() else ''}")
     for f,e in failed.items(): say(f'  failed {f.name}: {e}')
     return dict(done=[f.name for f in runs if f not in failed], failed={f.name:e for f,e in failed.items()})

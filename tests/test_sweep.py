@@ -49,7 +49,7 @@ def sweep(place, *words, grid="four.yaml"):
     return running.returncode, out, err
 
 
-def folders(place): return {p.name.split("_")[0]: p for p in (place / "runs/square-four").glob("x-*")}
+def folders(place): return {p.name.split("_")[0]: p for p in (place / "runs/square-four").glob("x=*")}
 
 
 def starts(folder): return len((folder / "starts").read_text())
@@ -65,17 +65,17 @@ def wait_for(what, seconds=60):
 def test_four_runs_one_of_which_fails(place):
     code, out, err = sweep(place, "--workers", "2")
     assert code == 1
-    assert "4 runs, 0 of them finished" in out and "3 of 4 runs are finished" in out
+    assert "4 runs, 0 finished" in out and "3 of 4 finished" in out
     assert out.splitlines()[-1].endswith("ValueError: three is one too many")
     made = folders(place)
-    assert {k: (p / "metrics.json").exists() for k, p in made.items()} == {"x-0": True, "x-1": True, "x-2": True, "x-3": False}
-    assert "three is one too many" in (made["x-3"] / "notebook.ipynb").read_text()
+    assert {k: (p / "metrics.json").exists() for k, p in made.items()} == {"x=0": True, "x=1": True, "x=2": True, "x=3": False}
+    assert "three is one too many" in (made["x=3"] / "notebook.ipynb").read_text()
     import pandas as pd
     table = pd.read_csv(place / "runs/square-four/sweep.csv")
     assert table.square.tolist() == [0, 1, 4] and {"x", "wait", "nested.x"} <= set(table)
     code, out, err = sweep(place)
-    assert code == 1 and "4 runs, 3 of them finished" in out and "s a run, measured on 3" in out
-    assert {k: starts(p) for k, p in made.items()} == {"x-0": 1, "x-1": 1, "x-2": 1, "x-3": 2}
+    assert code == 1 and "4 runs, 3 finished" in out and "s a run, measured on 3" in out
+    assert {k: starts(p) for k, p in made.items()} == {"x=0": 1, "x=1": 1, "x=2": 1, "x=3": 2}
     assert not (place / "runs/square-four/.sweep/jobs").exists()
 
 
@@ -90,7 +90,7 @@ def test_killed_and_resumed(place):
         running.communicate()
     code, out, err = sweep(place, "--workers", "3")
     assert code == 0, out + err
-    assert "3 of 3 runs are finished" in out
+    assert "3 of 3 finished" in out
     assert sum(starts(p) for p in folders(place).values()) == 4
 
 
@@ -131,7 +131,7 @@ def test_the_same_line_on_a_cluster(place, monkeypatch):
     monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
     (place / "four.yaml").write_text("grid: {x: [0, 3]}\n")
     code, out, err = sweep(place, "--executor", "slurm", "--options", "slurm_partition=gpu", "timeout_min=60")
-    assert code == 1 and "1 of 2 runs are finished" in out and "three is one too many" in out
+    assert code == 1 and "1 of 2 finished" in out and "three is one too many" in out
 
 
 def test_two_at_once(place):
