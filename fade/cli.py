@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_model', 'add_target', 'parser', 'slug', 'do_erase', 'do_neighborhood', 'open_run', 'do_evaluate', 'do_generate',
-           'do_concepts', 'main']
+           'do_sweep', 'do_share', 'do_concepts', 'main']
 
 # %% ../nbs/90_cli.ipynb #aea76b33
 import argparse, os, sys
@@ -49,6 +49,19 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--n', type=int, default=4, help='images (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of the first image (default: %(default)s)')
     p.add_argument('--strength', type=float, default=1., help='of the mesh; 0 is the untouched model (default: %(default)s)')
+    p = sub.add_parser('sweep', help='run a notebook for every setting of a grid')
+    p.add_argument('notebook', help='an experiment with a cell of parameters'); p.add_argument('grid', help='a YAML file with the sections shared, grid and runs')
+    p.add_argument('--out', default='', help="the sweep's folder (default: runs/NOTEBOOK-GRID)")
+    p.add_argument('--workers', type=int, default=0, help='runs at a time (default: one; on a cluster what it gives)')
+    p.add_argument('--executor', default='local', help='local, slurm or debug (default: %(default)s)')
+    p.add_argument('--options', nargs='+', default=[], metavar='KEY=VALUE', help="submitit's, such as timeout_min=120 gpus_per_node=1 slurm_partition=gpu")
+    p.add_argument('--dry-run', action='store_true', help='only say what would be done and what it costs')
+    p = sub.add_parser('share', help='write a finished run as a folder for a hub'); p.add_argument('run', help='a run folder')
+    p.add_argument('--out', required=True, help='the folder to write')
+    p.add_argument('--repo', default='', help='its name on the hub, such as someone/fade-crimson-daisy')
+    p.add_argument('--model', default='', help="the base model's hub id (default: the miniature, where the run is of it)")
+    p.add_argument('--license', default='', help="the base model's licence, such as creativeml-openrail-m (default: apache-2.0 for the miniature)")
+    p.add_argument('--push', action='store_true', help='upload the folder to the hub')
     p = sub.add_parser('concepts', help='list concept sets, or the names of one'); p.add_argument('set', nargs='?', help='a concept set')
     return top
 
@@ -96,6 +109,15 @@ def do_generate(a)->None:
         with whole_file(path) as f: image.save(f)
         print(path)
 
+def do_sweep(a)->int:
+    from fade.sweep import read_options, sweep
+    return int(bool(sweep(a.notebook, a.grid, a.out, a.workers, a.executor, a.dry_run, read_options(a.options))['failed']))
+
+def do_share(a)->None:
+    from fade.share import push, share
+    print(share(a.run, a.out, a.repo, a.model, a.license))
+    if a.push: print(push(a.out, a.repo))
+
 def do_concepts(a)->None:
     if a.set: print(*concept_set(a.set).names, sep='\n')
     else:
@@ -103,11 +125,10 @@ def do_concepts(a)->None:
 
 # %% ../nbs/90_cli.ipynb #2f96b957
 def main(argv=None)->int:
-    "Run a command; returns its exit code, 2 for what the user can mend."
+    "Run a command; returns its exit code, 1 when runs of a sweep failed, 2 for what the user can mend."
     a = parser().parse_args(argv)
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
-    try: globals()[f'do_{a.command}'](a)
+    try: return globals()[f'do_{a.command}'](a) or 0
     except FadeError as e: print(f'fade: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\nfade: stopped; the same command goes on from here.', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 0
-    return 0
