@@ -21,7 +21,7 @@ from .concepts import *
 from .features import to_pil
 from .pipeline import *
 from .neighborhood import *
-from .mesh import load
+from .eraser import load_edit
 from .metrics import erb, judge_for
 from .report import figure
 
@@ -32,23 +32,10 @@ def edited(
     folder:str|Path,   # a run folder with `mesh.safetensors` or `edit.safetensors`
 ):
     "The pipeline as a run left it, inside the block; untouched again afterwards. Raises `FadeError` when the run does not fit it."
-    folder = Path(folder)
-    if (folder/'mesh.safetensors').is_file():
-        mesh = load(pipe, folder/'mesh.safetensors', 'study')
-        try:
-            with mesh.folded(): yield pipe
-        finally: mesh.detach()
-        return
-    check((folder/'edit.safetensors').is_file(), f'{folder} holds neither mesh.safetensors nor edit.safetensors: give a finished run.')
-    own,new = dict(pipe.unet.named_parameters()),{k.removeprefix('unet.'):v for k,v in load_tensors(folder/'edit.safetensors')[0].items()}
-    wrong = [k for k,v in new.items() if k not in own or own[k].shape!=v.shape]
-    check(not wrong, f'{folder/"edit.safetensors"} does not fit this model: it has no weight {wrong[:1]} of that shape.')
-    kept = {k:own[k].data for k in new}
+    edit = load_edit(pipe, folder)
     try:
-        for k,v in new.items(): own[k].data = v.to(kept[k])
-        yield pipe
-    finally:
-        for k,v in kept.items(): own[k].data = v
+        with edit.folded(): yield pipe
+    finally: edit.detach()
 
 # %% ../nbs/72_study.ipynb #e76781bd
 def read_run(
