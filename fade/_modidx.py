@@ -93,6 +93,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'fade.erasers.receler.step_loss': ('receler.html#step_loss', 'fade/erasers/receler.py')},
             'fade.erasers.spm': { 'fade.erasers.spm.Membrane': ('spm.html#membrane', 'fade/erasers/spm.py'),
                                   'fade.erasers.spm.Membrane.__init__': ('spm.html#membrane.__init__', 'fade/erasers/spm.py'),
+                                  'fade.erasers.spm.Membrane.__repr__': ('spm.html#membrane.__repr__', 'fade/erasers/spm.py'),
                                   'fade.erasers.spm.Membrane.cosine': ('spm.html#membrane.cosine', 'fade/erasers/spm.py'),
                                   'fade.erasers.spm.Membrane.detach': ('spm.html#membrane.detach', 'fade/erasers/spm.py'),
                                   'fade.erasers.spm.Membrane.folded': ('spm.html#membrane.folded', 'fade/erasers/spm.py'),

@@ -94,7 +94,8 @@ def behind(self:Erasers, name:str): # of a cross-attention
     "Its hook: add what its eraser says, and note it where somebody listens."
     def hook(module, args, o):
         if not self.is_on or self.strength==0: return o
-        r = self.layers[name](o.float())
+        eraser = self.layers[name].to(o.device) # the pipeline may have been moved
+        r = eraser(o.float())
         if self.added is not None: self.added[name] = r
         return o+(self.strength*r).to(o.dtype)
     return hook

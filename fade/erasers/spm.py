@@ -133,6 +133,8 @@ class Membrane(Mesh):
                       *[p.register_forward_hook(self.gated) for p in paths]]
         edits(self.unet).update(self.mine)
 
+    def __repr__(self): return super().__repr__().replace('Mesh(', 'Membrane(').replace(', strength', f', gated by {self.concept!r}, strength')
+
 # %% ../../nbs/55_spm.ipynb #e2ae894a
 def keys(embeds)->list[bytes]: return [row.tobytes() for row in embeds[:,-1].detach().float().cpu().numpy()]
 
