@@ -134,8 +134,8 @@ def plot_norms(
     "A bar a block, stacked so that squares add up to the block's square; returns the figure."
     squares = norms.drop(index='all', columns='all')**2
     share = squares.div(squares.sum(axis=1), axis=0).mul(norms['all'].drop('all'), axis=0)
-    fig,ax = figure(5.5, 3)
+    fig,ax = figure(7, 3)
     share.plot.bar(stacked=True, ax=ax, width=.8, rot=0 if len(share)<8 else 60)
     ax.set(xlabel='block of the U-Net', ylabel='$\\|\\Delta W\\|_F$', title=title)
-    ax.legend(title='', frameon=False)
+    ax.legend(title='', frameon=False, loc='upper left', bbox_to_anchor=(1,1))
     return fig
