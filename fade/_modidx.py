@@ -2,6 +2,8 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': 'https://github.com/OWNER/fade', 'lib_path': 'fade'},
   'syms': { 'fade.api': {},
+            'fade.attention': { 'fade.attention.attending': ('attention.html#attending', 'fade/attention.py'),
+                                'fade.attention.token_positions': ('attention.html#token_positions', 'fade/attention.py')},
             'fade.cli': { 'fade.cli.add_model': ('cli.html#add_model', 'fade/cli.py'),
                           'fade.cli.add_target': ('cli.html#add_target', 'fade/cli.py'),
                           'fade.cli.do_concepts': ('cli.html#do_concepts', 'fade/cli.py'),
