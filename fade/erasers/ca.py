@@ -42,8 +42,8 @@ class Recipe(Settings):
         self.at_least(0, 'prior', 'decay', 'clip')
         check(isinstance(self.anchor,str) and self.anchor.strip(), 'The recipe has no anchor: give genus, superclass, or a name.')
 
-    def forwards(self, image:int, k:int)->dict[str,int]: # an image of this method costs its own `sampling`, whatever `image` says
-        "Sample-forwards by stage; a backward counts as two."
+    def forwards(self, image:int, k:int)->dict[str,int]:
+        "Sample-forwards by stage; a backward counts as two. Anchor images are made with the recipe's own sampler."
         return {'anchor images':self.images*self.sampling*(1+(self.scale!=1)), 'training':self.steps*self.batch*(6 if self.prior else 4)}
 
 # %% ../../nbs/52_ca.ipynb #f1c87b6b
@@ -70,8 +70,8 @@ def anchors(
     seed:int=0,
 )->tuple[torch.Tensor,list[str]]: # clean latents `(images,4,h,w)`, and the sentence of each
     "The untouched model's images of the anchor."
-    sampler = Sampler(recipe.sampling, recipe.scale, recipe.scheduler, studio.sampler.batch)
     each,more = divmod(recipe.images, len(templates))
+    sampler = Sampler(recipe.sampling, recipe.scale, recipe.scheduler, min(studio.sampler.batch,each+(more>0))) # short batches are padded
     count = {s:each+(i<more) for i,s in enumerate(templates)}
     count = {s:n for s,n in count.items() if n}
     z = [Studio(studio.pipe, sampler, s, studio.phi, seed).latents('anchor', [anchor], n)[anchor] for s,n in count.items()]

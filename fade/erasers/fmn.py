@@ -98,7 +98,7 @@ def erase(
     "Erase a neighbourhood's target with Forget-Me-Not. Raises `FadeError` at a loss that is not finite; the last good checkpoint stays."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe, method='fmn')
     z = studio.latents('neighborhood', [nb.target], recipe.images)[nb.target]
-    loss,edit = fmn_loss(pipe, z, nb.target, recipe, seed),None
+    loss = fmn_loss(pipe, z, nb.target, recipe, seed)
     grads = {p:p.requires_grad for p in pipe.unet.parameters()}
     pipe.unet.requires_grad_(True)
     try: pattern = reached(pipe.unet, loss(0)['loss'], parts[recipe.weights])
