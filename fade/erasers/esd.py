@@ -55,8 +55,11 @@ class Recipe(Settings):
         "Sample-forwards by stage; a backward counts as two."
         n = self.steps*self.batch
         if self.walk=='student': return {'training':n*(self.trajectory-1+2+3)}
-        return {'frozen walks':2*self.walks*(self.trajectory-1), 'frozen predictions':2*self.draws, 'training':3*n}
+        walks = min(self.walks, self.draws)
+        longest = sum(1-(j/self.trajectory)**(self.draws/walks) for j in range(1,self.trajectory)) # expected steps of a walk that is left for good by the last of its draws
+        return {'frozen walks':round(2*walks*longest), 'frozen predictions':2*self.draws, 'training':3*n}
 
+# the paper's for objects, the paper's for styles, and the authors' later code
 recipes = dict(paper=dict(), paper_x=dict(weights='x'), today=dict(steps=200, lr=5e-5, eta=2., base='concept', walk='frozen'))
 
 # %% ../../nbs/51_esd.ipynb #81569e32
@@ -64,23 +67,25 @@ recipes = dict(paper=dict(), paper_x=dict(weights='x'), today=dict(steps=200, lr
 def bank(studio:Studio, nb:Neighborhood, recipe:Recipe, seed:int)->tuple[dict,list[str]]:
     "Latents `x` from the frozen model's walks, their timesteps `t`, and what to predict there, `y`; a row a draw."
     pipe,size,g = studio.pipe,studio.pipe.unet.config.sample_size,generator('training',seed,'esd')
-    which,stop = torch.randint(recipe.walks, (recipe.draws,), generator=g),torch.randint(recipe.trajectory, (recipe.draws,), generator=g)
-    z = torch.randn(recipe.walks, pipe.unet.config.in_channels, size, size, generator=g)
+    which,stop = torch.arange(recipe.draws)%recipe.walks,torch.randint(recipe.trajectory, (recipe.draws,), generator=g)
+    z = torch.randn(min(recipe.walks,recipe.draws), pipe.unet.config.in_channels, size, size, generator=g)
+    last = torch.stack([stop[which==w].max() for w in range(len(z))])
     embeds,null = encode_prompts(pipe, [nb.target]),encode_prompts(pipe, [''])
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(recipe.trajectory, device=pipe.device)
     x = torch.empty(recipe.draws, *z.shape[1:])
-    for part in tqdm(torch.arange(recipe.walks).split(studio.sampler.batch), desc='frozen walks', unit='batch', leave=False):
+    for part in tqdm(torch.arange(len(z)).split(studio.sampler.batch), desc='frozen walks', unit='batch', leave=False):
         at = z[part].to(pipe.device, embeds.dtype)
-        for i,t in enumerate(ddim.timesteps):
+        for i,t in enumerate(ddim.timesteps[:last[part].max()+1]):
             leave = ((which>=part[0])&(which<=part[-1])&(stop==i)).nonzero()[:,0]
             x[leave] = at[which[leave]-part[0]].float().cpu()
-            if i<recipe.trajectory-1: at = ddim.step(guided(pipe, at, t, embeds.expand(len(at),-1,-1), null, recipe.scale), t, at, return_dict=False)[0]
+            on = (last[part]>i).nonzero()[:,0].to(pipe.device)
+            if len(on): at[on] = ddim.step(guided(pipe, at[on], t, embeds.expand(len(on),-1,-1), null, recipe.scale), t, at[on], return_dict=False)[0]
     t = ddim.timesteps.cpu()[stop]
     c,n = (frozen(pipe, x, t, [p]*recipe.draws, studio.sampler.batch, 'frozen predictions') for p in (nb.target,''))
     return dict(x=x, t=t, y=away(c, n, recipe.eta, recipe.base)), []
 
-# %% ../../nbs/51_esd.ipynb #efe7734f
+# %% ../../nbs/51_esd.ipynb #4ada6383
 def frozen_loss(pipe, rows:dict, target:str, recipe:Recipe):
     "Step number to the loss, from a bank."
     c,rows = encode_prompts(pipe, [target]),{k:v.to(pipe.device) for k,v in rows.items()}
@@ -93,14 +98,14 @@ def frozen_loss(pipe, rows:dict, target:str, recipe:Recipe):
 def student_loss(pipe, edit, target:str, recipe:Recipe, seed:int):
     "Step number to the loss, with a walk by the model in training."
     c,null,size = encode_prompts(pipe, [target]),encode_prompts(pipe, ['']),pipe.unet.config.sample_size
-    levels = len(signal_levels(pipe))
+    width = len(signal_levels(pipe))//recipe.trajectory # of a bin
     def loss(step):
         g = generator('training',seed,'esd',step)
         stop = torch.randint(recipe.trajectory, (), generator=g).item()
         z = torch.randn(recipe.batch, pipe.unet.config.in_channels, size, size, generator=g).to(pipe.device, c.dtype)
         embeds = c.expand(recipe.batch,-1,-1)
         x,t = partway(pipe, z, embeds, null, stop, recipe.trajectory, recipe.scale)
-        t = (t+torch.randint(levels//recipe.trajectory, (), generator=g).item()).clamp(max=levels-1) # anywhere within the step
+        t = t//width*width+torch.randint(width, (), generator=g).item() # anywhere in its bin
         with torch.no_grad(), edit.off(): n,o = predict_noise(pipe, torch.cat([x,x]), t, torch.cat([null.expand_as(embeds),embeds])).chunk(2)
         return dict(loss=squared(predict_noise(pipe, x, t, embeds).float(), away(o, n, recipe.eta, recipe.base).float()).mean())
     return loss
