@@ -140,14 +140,13 @@ def ca_loss(
     recipe:Recipe,
     seed:int=0,
 ): # step number to the loss terms
-    "The loss of a step."
+    "The loss of a step, to be trained inside `start_detached`."
     levels,cell,known = signal_levels(pipe).cpu(),2**(len(pipe.vae.config.block_out_channels)-1),{}
     images = decode(pipe, z) if recipe.augment else None
     def embed(prompts):
         known.update({p:encode_prompts(pipe,[p]) for p in prompts if p not in known})
         return torch.cat([known[p] for p in prompts])
-    def say(x, t, c):
-        with start_detached(pipe.unet): return predict_noise(pipe, x, t, c).float()
+    def say(x, t, c): return predict_noise(pipe, x, t, c).float()
     def pictures(i, g):
         if not recipe.augment: return z[i], torch.ones(len(i),1,*z.shape[2:]), ['']*len(i)
         o,mask,said = augmented(images[i]/127.5-1, cell, g)
@@ -182,6 +181,8 @@ def erase(
     loss = ca_loss(pipe, *anchors(studio, anchor, recipe, seed), nb.target, anchor, recipe, seed)
     edit = Weights(pipe, cross_kv, 'ca', dict(anchor=anchor))
     wants_gradients(edit)
-    return edit, train(edit, loss, recipe, {**run_about('ca',studio,nb,recipe,seed), 'anchor':anchor}, folder, weight_decay=recipe.decay, clip=recipe.clip, every=every, desc=f'erasing {nb.target}')
+    about = {**run_about('ca',studio,nb,recipe,seed), 'anchor':anchor}
+    with start_detached(pipe.unet): history = train(edit, loss, recipe, about, folder, weight_decay=recipe.decay, clip=recipe.clip, every=every, desc=f'erasing {nb.target}')
+    return edit, history
 
 load = load_weights

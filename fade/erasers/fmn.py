@@ -58,6 +58,7 @@ def attention_norm(
 # %% ../../nbs/53_fmn.ipynb #ba2dbc34
 def fmn_loss(
     pipe,
+    seen:dict,       # from `attending`, which is to be open while this is trained
     z:torch.Tensor,  # images of the concept, as clean latents `(images,4,h,w)`
     target:str,
     recipe:Recipe,
@@ -71,7 +72,7 @@ def fmn_loss(
         x0 = z[torch.randint(len(z), (recipe.batch,), generator=g)]
         t,noise = torch.randint(len(levels), (len(x0),), generator=g),torch.randn(x0.shape, generator=g)
         x = add_noise(x0, noise, levels[t]).to(pipe.device,c.dtype)
-        with attending(pipe.unet) as seen: predict_noise(pipe, x, t.to(pipe.device), c.expand(len(x),-1,-1))
+        predict_noise(pipe, x, t.to(pipe.device), c.expand(len(x),-1,-1))
         return dict(loss=attention_norm(seen,at).mean(), share=torch.stack([A[...,at].sum(-1).mean() for A in seen.values()]).mean().detach())
     return loss
 
@@ -98,14 +99,16 @@ def erase(
     "Erase a neighbourhood's target with Forget-Me-Not. Raises `FadeError` at a loss that is not finite; the last good checkpoint stays."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe, method='fmn')
     z = studio.latents('neighborhood', [nb.target], recipe.images)[nb.target]
-    loss = fmn_loss(pipe, z, nb.target, recipe, seed)
     grads = {p:p.requires_grad for p in pipe.unet.parameters()}
-    pipe.unet.requires_grad_(True)
-    try: pattern = reached(pipe.unet, loss(0)['loss'], parts[recipe.weights])
-    finally:
-        for p,wanted in grads.items(): p.requires_grad_(wanted)
-    edit = Weights(pipe, pattern, 'fmn')
-    wants_gradients(edit)
-    return edit, train(edit, loss, recipe, run_about('fmn',studio,nb,recipe,seed), folder, weight_decay=recipe.decay, every=every, desc=f'erasing {nb.target}')
+    with attending(pipe.unet) as seen:
+        loss = fmn_loss(pipe, seen, z, nb.target, recipe, seed)
+        pipe.unet.requires_grad_(True)
+        try: pattern = reached(pipe.unet, loss(0)['loss'], parts[recipe.weights])
+        finally:
+            for p,wanted in grads.items(): p.requires_grad_(wanted)
+        edit = Weights(pipe, pattern, 'fmn')
+        wants_gradients(edit)
+        history = train(edit, loss, recipe, run_about('fmn',studio,nb,recipe,seed), folder, weight_decay=recipe.decay, every=every, desc=f'erasing {nb.target}')
+    return edit, history
 
 load = load_weights
