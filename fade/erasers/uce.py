@@ -24,10 +24,10 @@ def edited_matrix(
     damping:float, erase:float, preserve:float, # λ, e, p
 )->torch.Tensor:       # `(o,d)`
     "The closed-form edit of one matrix."
-    w,c,g,k = (o.double() for o in (W,old,new,kept))
-    A = damping*torch.eye(w.shape[1], dtype=w.dtype, device=w.device)+erase*c.T@c+preserve*k.T@k
+    w,c,g,k = (o.detach().cpu().double() for o in (W,old,new,kept))
+    A = damping*torch.eye(w.shape[1], dtype=w.dtype)+erase*c.T@c+preserve*k.T@k
     B = damping*w+erase*(w@g.T)@c+preserve*(w@k.T)@k
-    return torch.linalg.solve(A, B, left=False).to(W.dtype)
+    return torch.linalg.solve(A, B, left=False).to(W)
 
 # %% ../../nbs/54_uce.ipynb #ad4a5745
 def subject(
@@ -62,15 +62,16 @@ class Recipe(Settings):
         "None: the U-Net is never asked."
         return {'training':0}
 
-recipes = dict(paper=dict(), today=dict(tokens='last', guide='', preserve=1.), breeds=dict(tokens='last', guide='', erase=230., preserve=1.2, damping=.1))
+recipes = dict(paper=dict(), today=dict(tokens='last', guide='', preserve=1.), neighbours=dict(tokens='last', guide='', preserve=1., keep='neighbours'),
+    breeds=dict(tokens='last', guide='', erase=230., preserve=1.2, damping=.1))
 
 # %% ../../nbs/54_uce.ipynb #a6a5568c
 def features(pipe, nb, recipe)->tuple:
     "What is edited, towards what, what is preserved, and with which weight p."
     old,new = (subject(pipe, o, recipe.tokens) for o in (nb.target, recipe.guide))
     n = min(len(old),len(new))
-    texts = (nb.neighbours if recipe.keep=='neighbours' else [])
-    kept = [subject(pipe, c, recipe.tokens) for c in texts]+([encode_prompts(pipe, [''])[0]] if recipe.tokens=='rest' else [])
+    texts = ['']*(recipe.tokens=='rest')+nb.neighbours*(recipe.keep=='neighbours')
+    kept = [encode_prompts(pipe, [o])[0] if recipe.tokens=='rest' else subject(pipe, o) for o in texts]
     p = recipe.preserve or max(.1, 1/max(1,len(kept)))
     return old[:n], new[:n], torch.cat(kept) if kept else old[:0], p
 
@@ -82,11 +83,14 @@ def erase(
     seed:int=0,          # not used: nothing is drawn
     folder='', every:float=60., # not used: there is nothing to resume
 )->tuple[Weights,list[dict]]: # the edit, on; how far target and preserved texts are from where they should be, before and after
-    "Erase a concept with UCE."
+    "Erase a concept with UCE. Raises `FadeError` when the weights would not be finite."
     recipe = recipe or recipe_for(studio.pipe, method='uce')
     old,new,kept,p = features(studio.pipe, nb, recipe)
     edit = Weights(studio.pipe, cross_kv, 'uce')
-    for name,w in edit.layers.items(): w.data = edit.new[name] = edited_matrix(edit.kept[name], old, new, kept, recipe.damping, recipe.erase, p)
+    try:
+        for name,w in edit.layers.items(): w.data = edit.new[name] = edited_matrix(edit.kept[name], old, new, kept, recipe.damping, recipe.erase, p)
+        check(all(w.isfinite().all() for w in edit.new.values()), f'The edited weights are not finite: give erase ({recipe.erase}), preserve ({p}) and damping ({recipe.damping}) of ordinary size.')
+    except BaseException: edit.detach(); raise
     def far(weights, a, b): # mean squared distance of W'a from Wb
         return torch.stack([((weights[n]@a.T)-(o@b.T)).pow(2).mean() for n,o in edit.kept.items()]).mean().item()
     def row(step, weights): return dict(step=step, target=far(weights,old,new), **({'preserved':far(weights,kept,kept)} if len(kept) else {}))
