@@ -129,7 +129,7 @@ def fit_memory(
     samples:int=0,      # of a training step, `batch+neighbours+anchors`; 0 when only images are made
     tiling:bool=False,  # let the VAE decode in tiles
     free:int=None,      # bytes; what is free on the pipeline's device when left out
-    spare:float=.2,     # share of it that is left alone
+    spare:float=.4,     # share of it that is left alone
 )->dict:                # `batch` for a `Sampler`, `decode` for `decode`, `training` samples, and `said`
     "Set the switches for a memory; says what it did and how much fits at a time, by an estimate. Raises `FadeError` when one image does not fit."
     unet,free = pipe.unet,free_memory(pipe.device) if free is None else free
@@ -139,15 +139,13 @@ def fit_memory(
     if need[0]>usable:
         pipe.enable_attention_slicing()
         sliced = pairs()
-        if sliced[0]<need[0]: need = sliced; did.append('attention slicing on')
-        else: unet.set_attn_processor(kept); did.append('attention slicing left off, because it would need more')
-    gb = 1e9
-    check(need[0]<=usable, f'One image of {resolution} pixels needs {need[0]/gb:.2f} GB beside the weights, and {usable/gb:.2f} GB can be used: choose a smaller resolution or another device.')
+        if sliced[0]<=usable: need = sliced; did.append('attention slicing on')
+        else: unet.set_attn_processor(kept)
+    check(need[0]<=usable, f'One image of {resolution} pixels needs {need[0]/1e9:.2f} GB beside the weights, and {usable/1e9:.2f} GB can be used: choose a smaller resolution or another device.')
     pipe.vae.enable_tiling() if tiling else pipe.vae.disable_tiling()
     res = dict(batch=room(*need,usable), decode=room(*(n*decoding(pipe,resolution) for n in (1,2)), usable), training=0)
     if samples:
-        name = 'fit memory'
-        mesh = attach(pipe, name=name)
+        mesh = attach(pipe, name='fit memory')
         def steps(): return [cost(pipe, resolution, n, train=True)['bytes'] for n in (1,2)]
         unet.disable_gradient_checkpointing()
         res['training'] = room(*steps(), usable)
@@ -158,7 +156,7 @@ def fit_memory(
         mesh.detach()
         if res['training']<samples: did.append(f"a step of {samples} samples does not fit even so: take {res['training']} or fewer")
     did.append('VAE tiling '+('on' if tiling else 'off'))
-    said = f"{free/gb:.1f} GB free at {resolution} pixels: {res['batch']} images at a time, {res['decode']} to decode"+(f", {res['training']} training samples" if samples else '')+f"; {', '.join(did)}."
+    said = f"{free/1e9:.1f} GB free at {resolution} pixels: {res['batch']} images at a time, {res['decode']} to decode"+(f", {res['training']} training samples" if samples else '')+f"; {', '.join(did)}."
     return dict(**res, said=said)
 
 # %% ../nbs/22_shape.ipynb #0e2d4bc7
