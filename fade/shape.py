@@ -7,7 +7,7 @@ __all__ = ['aten', 'fused', 'peaks', 'shaped_pipeline', 'Peak', 'Whole', 'cost',
            'levels_like', 'noise_from_v', 'v_from_noise', 'speaking', 'v_weight', 'check_v', 'measuring', 'run_costs']
 
 # %% ../nbs/22_shape.ipynb #e07a5896
-import gc, threading, time, weakref
+import ctypes, gc, threading, time, weakref
 from contextlib import contextmanager
 import pandas as pd
 import psutil
@@ -236,21 +236,23 @@ def check_v(
 def measuring(
     device:str|torch.device='cpu',
 ):
-    "A dict that holds `seconds` and `bytes` after the block: its time, and how far memory rose within it."
+    "A dict that holds `seconds`, `cpu_seconds` of all threads, and `bytes` after the block: its time, and how far memory rose within it."
     kind,res,done,proc = torch.device(device).type,{},threading.Event(),psutil.Process()
     gc.collect()
+    try: ctypes.CDLL(None).malloc_trim(0) # glibc: give back what earlier blocks freed, or the rise would be hidden
+    except (AttributeError,OSError,TypeError): pass
     start = most = proc.memory_info().rss
     def watch():
         nonlocal most
         while not done.wait(.01): most = max(most, proc.memory_info().rss)
     if kind=='cuda': torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); start = torch.cuda.memory_allocated()
     thread = threading.Thread(target=watch, daemon=True); thread.start()
-    clock = time.perf_counter()
+    clock,cpu = time.perf_counter(),time.process_time()
     try: yield res
     finally:
         if kind=='cuda': torch.cuda.synchronize(); most = torch.cuda.max_memory_allocated()
         done.set(); thread.join()
-        res |= dict(seconds=time.perf_counter()-clock, bytes=most-start)
+        res |= dict(seconds=time.perf_counter()-clock, cpu_seconds=time.process_time()-cpu, bytes=most-start)
 
 # %% ../nbs/22_shape.ipynb #2dc4c1f5
 peaks = {'A100':312e12, 'T4':65e12} # published dense 16-bit tensor-core peaks, FLOP/s
