@@ -125,6 +125,6 @@ def test_every_module_has_its_notebook():
     for path in COMPONENTS:
         named = [re.search(r"^#\| *default_exp +(\S+)", source(cell), re.M) for cell in read(path)["cells"]]
         for match in filter(None, named): exported[match[1]] = path
-    modules = {path.stem for path in FILES if path.suffix == ".py" and path.parts[0] == "fade"}
-    assert modules - {"__init__", "_modidx"} == set(exported)
-    assert all(re.fullmatch(rf"\d\d_{name}", path.stem) for name, path in exported.items())
+    modules = {".".join(path.with_suffix("").parts[1:]) for path in FILES if path.suffix == ".py" and path.parts[0] == "fade"}
+    assert modules - {"__init__", "_modidx", "erasers.__init__"} == set(exported)
+    assert all(re.fullmatch(rf"\d\d_{name.split('.')[-1]}", path.stem) for name, path in exported.items())
