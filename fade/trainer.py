@@ -44,7 +44,7 @@ class Recipe(Settings):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, 'rank', 'steps', 'neighbours', 'images', 'trajectory')
-        self.one_of('form', ('paper','released'))
+        self.one_of('form', ('paper','released')); self.one_of('unit', ('relative','absolute'))
 
     def forwards(self, image:int, k:int)->dict[str,int]:
         "Sample-forwards by stage; a backward counts as two."
