@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from .core import *
 from .pipeline import *
 from .mesh import attach
-from .trainer import Recipe, recipe_for
+from .eraser import recipe_for
+from .trainer import Recipe
 from . import losses
 
 # %% ../nbs/22_shape.ipynb #7bfde72c
