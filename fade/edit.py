@@ -22,7 +22,7 @@ not_cross = r'^(?!time_embedding|conv_out|.*attn2\.)' # everything else, but tim
 # %% ../nbs/43_edit.ipynb #aa20184f
 class Weights:
     "Edited weights of a pipeline's U-Net, and the originals. On when made, and at first equal to them."
-    file = 'edit.safetensors' # its name in a run folder
+    file = edit_files[1] # its name in a run folder
     def __init__(self,
         pipe,
         pattern:str,       # regular expression; weights whose name it is found in are edited
@@ -58,12 +58,10 @@ def put(self:Weights, tensors:dict[str,torch.Tensor])->None:
 def off(self:Weights):
     "The model without this edit, inside the block. A backward through an earlier forward has to come before it."
     now = {n:p.data for n,p in self.layers.items()}
-    was = edits(self.unet).pop(self.name, None)
     self.put(self.kept)
-    try: yield self
-    finally:
-        self.put(now)
-        if was is not None: edits(self.unet)[self.name] = was
+    try:
+        with hidden(self.unet, self.name): yield self
+    finally: self.put(now)
 
 @patch
 @contextmanager
@@ -75,7 +73,7 @@ def folded(self:Weights):
 @patch
 def scale(self:Weights, strength:float)->Weights: # 1 as trained, 0 the original, more is stronger
     "Set the strength s. Raises `FadeError` for what is not a number."
-    check(isinstance(strength,(int,float)) and abs(strength)<float('inf'), f'The strength is {strength}: give a finite number, 1 for the edit as trained.')
+    check_strength(strength, 'edit')
     self.strength = strength
     self.put(self.new if strength==1 else {n:o+strength*(self.new[n]-o) for n,o in self.kept.items()})
     return self
@@ -111,8 +109,8 @@ def load_weights(
 )->Weights:
     "Put saved weights in place. Raises `FadeError` for a file that is none, or that was made for another model."
     ts,about = load_tensors(path)
-    about,here = about or {},model_fingerprint(pipe)
-    check(about.get('model',here)==here, f"The edit {path} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): load that model, or erase again on this one.")
+    about = about or {}
+    check_model(pipe, about, f'edit {path}')
     shapes = {n.replace('.base_layer',''):p.shape for n,p in pipe.unet.named_parameters()}
     wrong = [n for n,v in ts.items() if shapes.get(n)!=v.shape]
     check(ts and not wrong, f"The edit {path} does not fit this model: {f'it has no {wrong[0]} of shape {tuple(ts[wrong[0]].shape)}' if wrong else 'it holds no weights'}.")

@@ -118,7 +118,7 @@ def load_edit(
 ):
     "Attach whatever a method has saved. Raises `FadeError` for a file that is none, or that was made for another model."
     if Path(path).is_dir():
-        found = sorted(Path(path).glob('mesh.safetensors'))+sorted(Path(path).glob('edit.safetensors'))
-        check(found, f'The folder {path} holds no mesh.safetensors or edit.safetensors.')
-        path = found[0]
+        found = edit_file(path)
+        check(found, f"The folder {path} holds no {' or '.join(edit_files)}.")
+        path = found
     return eraser(about_file(path).get('method','fade')).load(pipe, path)

@@ -26,7 +26,7 @@ cross_attention = tuple(f'attn2.{o}' for o in everywhere[:4])                   
 # %% ../nbs/40_mesh.ipynb #8a40887c
 class Mesh:
     "LoRA paths in a pipeline's U-Net, under one name, beside whatever adapters the user has."
-    file = 'mesh.safetensors' # its name in a run folder
+    file = edit_files[0] # its name in a run folder
     def __init__(self, pipe, name:str, about:dict=None):
         self.pipe,self.unet,self.name,self.about = pipe,pipe.unet,name,about or {}
         self.layers = {n.removesuffix('.base_layer'):m for n,m in self.unet.named_modules() if isinstance(m,LoraLayer) and name in m.lora_A}
@@ -86,7 +86,7 @@ def off(self:Mesh):
 @patch
 def scale(self:Mesh, strength:float)->Mesh: # 1 as trained, 0 silent, more is stronger
     "Set the strength s. Raises `FadeError` for what is not a number."
-    check(isinstance(strength,(int,float)) and abs(strength)<float('inf'), f'The strength is {strength}: give a finite number, 1 for the mesh as trained.')
+    check_strength(strength, 'mesh')
     for m in self.layers.values(): m.set_scale(self.name, strength)
     self.strength = strength
     return self
@@ -143,8 +143,8 @@ def load(
     try:
         with safe_open(path, 'pt') as f: header = json.loads((f.metadata() or {}).get('lora_adapter_metadata') or '{}')
     except Exception as e: raise FadeError(f'Cannot read {path} as a mesh ({e}): give a .safetensors file.') from e
-    about,here = header.get('fade') or {},model_fingerprint(pipe)
-    check(about.get('model',here)==here, f"The mesh {path} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): load that model, or erase again on this one.")
+    about = header.get('fade') or {}
+    check_model(pipe, about, f'mesh {path}')
     check(name not in getattr(pipe.unet,'peft_config',{}), f"The pipeline already has an adapter '{name}': choose another name or detach it first.")
     on,grads = active(pipe.unet),{p:p.requires_grad for p in pipe.unet.parameters()}
     try:

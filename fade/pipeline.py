@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['default_device', 'load_pipeline', 'merged', 'settings_for', 'encode_prompts', 'predict_noise', 'Count', 'counting',
-           'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'guided', 'denoise', 'sample_latents', 'partway',
-           'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'model_fingerprint']
+           'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'guided', 'denoise', 'sample_latents', 'ddim_for',
+           'partway', 'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'hidden', 'model_fingerprint',
+           'check_model', 'check_strength']
 
 # %% ../nbs/20_pipeline.ipynb #8e028a26
 import inspect
@@ -189,6 +190,15 @@ def sample_latents(
     return torch.cat(res)
 
 # %% ../nbs/20_pipeline.ipynb #2dc1fe1f
+def ddim_for(
+    pipe,
+    steps:int, # of a whole walk
+)->DDIMScheduler:
+    "A fresh DDIM scheduler with the model's noise schedule, ready to step."
+    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    ddim.set_timesteps(steps, device=pipe.device)
+    return ddim
+
 @torch.no_grad()
 def partway(
     pipe,
@@ -200,8 +210,7 @@ def partway(
 )->tuple[torch.Tensor,torch.Tensor]: # the latents reached `(n,4,h,w)`, and the timestep that is theirs, `()`
     "Walk `stop` of `steps` guided DDIM steps with the model as it is now. Raises `FadeError` when that leaves no step to go."
     check(0<=stop<steps, f'A walk of {steps} steps cannot stop after {stop}: choose 0 to {steps-1}.')
-    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    ddim.set_timesteps(steps, device=pipe.device)
+    ddim = ddim_for(pipe, steps)
     for t in ddim.timesteps[:stop]: x = ddim.step(guided(pipe, x, t, embeds, null, scale), t, x, return_dict=False)[0]
     return x, ddim.timesteps[stop]
 
@@ -249,6 +258,14 @@ def changed(unet)->list[str]:
     "Names of all that is on: adapters and edits."
     return active(unet)+[n for n in edits(unet) if n not in active(unet)]
 
+@contextmanager
+def hidden(unet, name:str):
+    "Inside the block an edit is not among those that are on."
+    was = edits(unet).pop(name, None)
+    try: yield
+    finally:
+        if was is not None: edits(unet)[name] = was
+
 # %% ../nbs/20_pipeline.ipynb #059618cb
 def model_fingerprint(
     pipe,
@@ -263,3 +280,20 @@ def model_fingerprint(
         parts |= {f'{a} {n}':s for n,m in pipe.unet.named_modules() if isinstance(m,LoraLayer) for a,s in m.scaling.items() if a in on}
         parts |= {f'{e} {n}':few(p) for e,ts in edits(pipe.unet).items() for n,p in [('',torch.zeros(1)), *ts.items()]}
     return fingerprint(parts)
+
+# %% ../nbs/20_pipeline.ipynb #7bf6b018
+def check_model(
+    pipe,
+    about:dict, # what a saved edit says of itself
+    what:str,   # names it
+)->None:
+    "Raise `FadeError` when the edit says that it was made for another model."
+    here = model_fingerprint(pipe)
+    check(about.get('model',here)==here, f"The {what} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): load that model, or erase again on this one.")
+
+def check_strength(
+    strength,
+    what:str, # is strengthened
+)->None:
+    "Raise `FadeError` for what is not a number."
+    check(isinstance(strength,(int,float)) and abs(strength)<float('inf'), f'The strength is {strength}: give a finite number, 1 for the {what} as trained.')

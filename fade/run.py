@@ -14,7 +14,6 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 import torch
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from .core import *
 from .concepts import *
@@ -31,12 +30,8 @@ def run_folder(
 ):
     "A folder that this process alone writes to. Raises `FadeError` when it cannot be written, or another run is in it."
     path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path/'.lock').acquire(timeout=0)
-    except Timeout as e: raise FadeError(f'Another run is writing to {path}: wait for it, or choose another folder with --out.') from e
-    except OSError as e: raise FadeError(f'Cannot write to the run folder {path} ({e.strerror}): choose another with --out.') from e
-    with lock: yield path
+    busy = f'Another run is writing to {path}: wait for it, or choose another folder with --out.'
+    with locked(path/'.lock', busy, lambda why: f'Cannot write to the run folder {path} ({why}): choose another with --out.'): yield path
     (path/'.lock').unlink(missing_ok=True)
 
 # %% ../nbs/80_run.ipynb #97ff792b
@@ -145,9 +140,8 @@ def trained(studio, nb, method, recipe, folder):
     "The edit, attached and on, from the folder or made now, and what making it asked of the U-Net."
     about = json.loads(json.dumps(dict(method=method, target=nb.target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed)))
     parts = [folder/f'{name}.safetensors' for name in ('bank','checkpoint')]
-    saved = [folder/f for f in ('mesh.safetensors','edit.safetensors') if (folder/f).exists()]
-    if saved:
-        edit = load_edit(studio.pipe, saved[0])
+    if saved:=edit_file(folder):
+        edit = load_edit(studio.pipe, saved)
         check(all(edit.about.get(k)==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder with --out.')
         return edit, edit.about['unet']
     fresh = not any(p.exists() for p in parts)

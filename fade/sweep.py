@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm.auto import tqdm
 from .core import *
 
@@ -244,12 +244,8 @@ def alone(
     out:Path, # a sweep's folder
 ):
     "The folder is this sweep's inside the block. Raises `FadeError` when another sweep has it, or it cannot be written."
-    try:
-        (out/'.sweep').mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out/'.sweep'/'lock').acquire(timeout=0)
-    except Timeout as e: raise FadeError(f'Another sweep is working in {out}: wait for it, or choose another folder with --out.') from e
-    except OSError as e: raise FadeError(f'Cannot write to {out} ({e.strerror}): choose another folder with --out.') from e
-    with lock: yield
+    busy = f'Another sweep is working in {out}: wait for it, or choose another folder with --out.'
+    with locked(out/'.sweep'/'lock', busy, lambda why: f'Cannot write to {out} ({why}): choose another folder with --out.'): yield
 
 # %% ../nbs/82_sweep.ipynb #07219bc5
 def surroundings(

@@ -9,7 +9,6 @@ __all__ = ['trained_weights', 'recipes', 'load', 'away', 'Recipe', 'bank', 'froz
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from diffusers import DDIMScheduler
 from tqdm.auto import tqdm
 from ..core import *
 from ..concepts import *
@@ -71,8 +70,7 @@ def bank(studio:Studio, nb:Neighborhood, recipe:Recipe, seed:int)->tuple[dict,li
     z = torch.randn(min(recipe.walks,recipe.draws), pipe.unet.config.in_channels, size, size, generator=g)
     last = torch.stack([stop[which==w].max() for w in range(len(z))])
     embeds,null = encode_prompts(pipe, [nb.target]),encode_prompts(pipe, [''])
-    ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
-    ddim.set_timesteps(recipe.trajectory, device=pipe.device)
+    ddim = ddim_for(pipe, recipe.trajectory)
     x = torch.empty(recipe.draws, *z.shape[1:])
     for part in tqdm(torch.arange(len(z)).split(studio.sampler.batch), desc='frozen walks', unit='batch', leave=False):
         at = z[part].to(pipe.device, embeds.dtype)

@@ -61,7 +61,7 @@ class Eraser(nn.Module):
 
 class Erasers:
     "Erasers behind all cross-attention of a pipeline's U-Net. On when made, and silent at first."
-    file = 'edit.safetensors' # its name in a run folder
+    file = edit_files[1] # its name in a run folder
     def __init__(self,
         pipe,
         width:int=128,       # inner width
@@ -104,12 +104,10 @@ def behind(self:Erasers, name:str): # of a cross-attention
 @contextmanager
 def off(self:Erasers):
     "The model without the erasers, inside the block."
-    was,on = edits(self.unet).pop(self.name, None),self.is_on
-    self.is_on = False
-    try: yield self
-    finally:
-        self.is_on = on
-        if was is not None: edits(self.unet)[self.name] = was
+    on,self.is_on = self.is_on,False
+    try:
+        with hidden(self.unet, self.name): yield self
+    finally: self.is_on = on
 
 @patch
 @contextmanager
@@ -121,7 +119,7 @@ def folded(self:Erasers):
 @patch
 def scale(self:Erasers, strength:float)->Erasers: # 1 as trained, 0 silent, more is stronger
     "Set the strength s. Raises `FadeError` for what is not a number."
-    check(isinstance(strength,(int,float)) and abs(strength)<float('inf'), f'The strength is {strength}: give a finite number, 1 for the erasers as trained.')
+    check_strength(strength, 'erasers')
     self.strength = strength
     self.mine['strength'] = torch.tensor([float(strength)])
     return self
@@ -158,8 +156,8 @@ def load(
 )->Erasers:
     "Attach saved erasers. Raises `FadeError` for a file that is none, or that was made for another model."
     ts,about = load_tensors(path)
-    about,here = about or {},model_fingerprint(pipe)
-    check(about.get('model',here)==here, f"The edit {path} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): load that model, or erase again on this one.")
+    about = about or {}
+    check_model(pipe, about, f'edit {path}')
     widths = {len(v) for n,v in ts.items() if n.endswith('down.bias')}
     check(len(widths)==1, f'The file {path} holds no erasers.')
     edit = Erasers(pipe, widths.pop(), name, about=about)
