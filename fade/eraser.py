@@ -13,6 +13,8 @@ import torch
 from safetensors import safe_open
 from .core import *
 from .pipeline import *
+from .mesh import load
+from .edit import load_weights
 from .loop import fit, schedules
 
 # %% ../nbs/45_eraser.ipynb #ddf0c603
@@ -121,4 +123,7 @@ def load_edit(
         found = edit_file(path)
         check(found, f"The folder {path} holds no {' or '.join(edit_files)}.")
         path = found
-    return eraser(about_file(path).get('method','fade')).load(pipe, path)
+    method = about_file(path).get('method')
+    if method: return eraser(method).load(pipe, path)
+    with safe_open(path, 'pt') as f: lora = any('lora' in k for k in f.keys())
+    return (load if lora else load_weights)(pipe, path)

@@ -59,9 +59,11 @@ def test_changed_weights_load_too(made, place):
     weight = load_file(data_path("miniature", "unet", "diffusion_pytorch_model.safetensors"))[name]
     save_file({name: torch.zeros_like(weight)}, edited / "edit.safetensors")
     assert main(["share", str(edited), "--out", "shared"]) == 0
-    code, = blocks(place / "shared")
+    code, with_fade = blocks(place / "shared")
     (place / "shared/data").symlink_to(data_path(), target_is_directory=True)
     assert "True" in execute(f"{code}\nprint(not pipe.unet.get_parameter('{name}').any())", place / "shared")
+    kept = execute(with_fade.replace("mesh.detach() ", "print(mesh); mesh.detach(); print(pipe.unet.get_parameter('conv_in.weight').any()) "), place / "shared")
+    assert "strength 0.7" in kept and "True" in kept
     assert "lora" not in ModelCard.load(place / "shared/README.md").data.tags
 
 
