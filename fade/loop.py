@@ -43,7 +43,7 @@ class Run:
         self.params = {n:p for n,p in model.named_parameters() if p.requires_grad}
         check(self.params, 'There is nothing to train: no parameter requires a gradient.')
         self.buffers = dict(model.named_buffers())
-        self.opt = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=weight_decay)
+        self.opt = torch.optim.AdamW(self.params.values(), lr=lr, weight_decay=weight_decay, fused=True)
         self.decay,self.step,self.history = ema,0,[]
         self.ema = {n:p.detach().clone() for n,p in self.params.items()} if ema else {}
 
@@ -69,7 +69,7 @@ class Run:
         for n,p in self.params.items():
             p.copy_(ts[f'param/{n}'])
             state = {k:ts[f'{k}/{n}'] for k in ('step','exp_avg','exp_avg_sq')}
-            self.opt.state[p] = {k:v if k=='step' else v.to(p.device) for k,v in state.items()}
+            self.opt.state[p] = {k:v.to(p.device) for k,v in state.items()}
         for n,b in self.buffers.items(): b.copy_(ts[f'buffer/{n}'])
         for n,e in self.ema.items(): e.copy_(ts[f'ema/{n}'])
         self.step,self.history = meta['step'],meta['history']

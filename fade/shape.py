@@ -270,8 +270,7 @@ def run_costs(
     image,r = 2*steps,recipe
     stages = {'neighbourhood':((candidates+1)*m*image, flops[size])}
     if r.form=='paper':
-        n,others = round(r.steps*r.batch/r.reuse),round(r.steps*(r.neighbours+r.anchors)/r.reuse)
-        stages |= {'frozen bank':(n*(k+4)+others, flops[size]), 'training':(2*r.steps*(r.batch+r.neighbours+r.anchors), flops[size])}
+        stages |= {'frozen bank':(r.forwards(image,k)['frozen predictions'], flops[size]), 'training':(2*r.steps*(r.batch+r.neighbours+r.anchors), flops[size])}
     else:
         each_size = sum(flops[size*o//8] for o in (4,5,6,7))/4
         prompts = 4+k                                       # the target's name, three of its prompts, the neighbours

@@ -36,7 +36,8 @@ class Recipe(Settings):
     batch:int=4                  # target draws a step
     neighbours:int=8             # neighbour draws a step (`paper`); the released form takes all K
     anchors:int=4                # draws a step that hold far prompts in place (`paper`); 0 is the paper's letter
-    reuse:float=2.5              # how often a draw with its frozen predictions is used (`paper`)
+    asked:int=2                  # neighbours whose frozen predictions a target draw is compared with (`paper`); 0 for all K
+    reuse:float=8.               # how often a draw with its frozen predictions is used (`paper`)
     images:int=25                # images of each concept that latents are drawn from (`paper`)
     trajectory:int=30            # DDIM steps of a full trajectory (`released`)
     scale:float=3.               # its guidance scale (`released`)
@@ -50,12 +51,12 @@ class Recipe(Settings):
         "Sample-forwards by stage; a backward counts as two."
         if self.form=='released': return {'training':self.steps*self.batch*round((k+4)*self.trajectory+k+4+3*(k+1))}
         keep = self.neighbours+self.anchors
-        bank = round(self.steps*self.batch/self.reuse)*(k+4)+round(self.steps*keep/self.reuse)
+        bank = round(self.steps*self.batch/self.reuse)*(min(self.asked or k,k)+2)+round(self.steps*keep/self.reuse)
         return {'images to train on':image*self.images*(k+1), 'frozen predictions':bank, 'training':3*self.steps*(self.batch+keep)}
 
 # %% ../nbs/50_trainer.ipynb #5af06d20
 recipes = dict(
-    paper=dict(form='paper', rank=4, alpha=4., erase=.1, adjacency=5., guidance=1., delta=1., unit='relative', steps=500, lr=5e-4, schedule='onecycle', batch=4, neighbours=8, reuse=6., images=25),
+    paper=dict(form='paper', rank=4, alpha=4., erase=.1, adjacency=5., guidance=1., delta=1., unit='relative', steps=500, lr=5e-4, schedule='onecycle', batch=4, neighbours=8, images=25),
     released=dict(form='released', rank=1, alpha=1., erase=3., adjacency=50., guidance=1000., delta=1., unit='absolute', steps=500, lr=1e-4, schedule='warmup', batch=4, trajectory=30, scale=3.))
 
 # %% ../nbs/50_trainer.ipynb #42e4a63c
@@ -98,10 +99,10 @@ def build_bank(
     g = generator('training',seed)
     sentences = [templates[i] for i in torch.randint(len(templates), (n+k+a,), generator=g)]
     x,t = draws(pipe, z[nb.target][torch.randint(recipe.images, (n,), generator=g)], g)
+    asked = torch.rand(n, nb.k, generator=g).argsort(1)[:,:recipe.asked or nb.k]
     def ask(names, desc): return frozen(pipe, x, t, [prompt(c,s) for c,s in zip(names,sentences)], batch, desc)
-    near = losses.moments(torch.stack([ask([c]*n, f'frozen {c}') for c in nb.neighbours]))
-    old = losses.moments(torch.stack([frozen(pipe, x, t, [prompt(nb.target,s)]*n, batch, f'frozen {nb.target}') for s in templates[:3]]))
-    null = frozen(pipe, x, t, ['']*n, batch, 'frozen null')
+    near = losses.moments(torch.stack([ask([nb.neighbours[i] for i in column], 'frozen neighbours') for column in asked.T]))
+    old,null = ask([nb.target]*n, f'frozen {nb.target}'),frozen(pipe, x, t, ['']*n, batch, 'frozen null')
     which = torch.randint(nb.k, (k,), generator=g)
     own = torch.stack([z[c] for c in nb.neighbours])[which, torch.randint(recipe.images, (k,), generator=g)]
     pool,every = ['']+[c for c in [nb.superclass]+nb.far if c],torch.cat([*z.values()])
@@ -110,7 +111,7 @@ def build_bank(
     order = torch.randperm(k+a, generator=g)
     y,u = draws(pipe, torch.cat([own, every[torch.randint(len(every), (a,), generator=g)]])[order], g)
     names = [names[i] for i in order]
-    bank = dict(x=x, t=t, near=near[0], near_spread=near[1], old=old[0], old_spread=old[1], null=null, y=y, u=u, keep=frozen(pipe, y, u, names, batch, 'frozen neighbours'))
+    bank = dict(x=x, t=t, near=near[0], near_spread=near[1], old=old, null=null, y=y, u=u, keep=frozen(pipe, y, u, names, batch, 'frozen neighbours'))
     return bank, [prompt(nb.target,s) for s in sentences[:n]]+names
 
 # %% ../nbs/50_trainer.ipynb #e6a96929
@@ -128,7 +129,7 @@ def paper_loss(
         b = {name:v[j if name in ('y','u','keep') else i] for name,v in bank.items()}
         eps = predict_noise(pipe, torch.cat([b['x'],b['y']]).to(c.dtype), torch.cat([b['t'],b['u']]), torch.cat([c[i],c[n+j]])).float()
         eps,keep = eps[:len(i)],eps[len(i):]
-        erase = losses.expungement(eps, (b['near'],b['near_spread']), (b['old'],b['old_spread']), recipe.delta, recipe.unit)
+        erase = losses.expungement(eps, (b['near'],b['near_spread']), (b['old'],0.), recipe.delta, recipe.unit)
         return losses.fade_loss(erase.mean(), losses.adjacency(keep,b['keep']).mean(), losses.guidance(eps,b['null']).mean(), weights)
     return loss
 
