@@ -25,6 +25,7 @@ def add_target(p)->None:
     p.add_argument('--candidates', default='', help='where its neighbours are looked for: a concept set or a text file of names (default: the set that has the target)')
     p.add_argument('--k', type=int, default=5, help='neighbours (default: %(default)s)')
     p.add_argument('--superclass', default='', help='what all candidates are, such as "flower" (default: what the set says)')
+    p.add_argument('--shortlist', action='store_true', help='look closely at the most promising candidates only, for about a tenth of the images')
     p.add_argument('--template', default=templates[0], help='the sentence, with {} for the concept (default: "%(default)s")')
     p.add_argument('--seed', type=int, default=0, help='of training and evaluation (default: %(default)s)')
 
@@ -73,13 +74,13 @@ def slug(name:str)->str:
 
 def do_erase(a)->None:
     from fade.run import run
-    run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.device, a.dtype)
+    run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.shortlist, a.device, a.dtype)
 
 def do_neighborhood(a)->None:
     find_target(a.target, a.candidates, a.superclass, drawn=not a.model); prompt(a.target, a.template)
     from fade.neighborhood import Studio, load_pipeline, neighborhood
-    nb = neighborhood(Studio(load_pipeline(a.model,a.device,a.dtype), template=a.template, seed=a.seed), a.target, a.candidates, a.k, superclass=a.superclass)
-    for i,(c,s) in enumerate(zip(nb.names,nb.similarity), 1): print(f"{i:4d} {s:6.1f}  {c}{'  *' if i<=nb.k else ''}")
+    nb = neighborhood(Studio(load_pipeline(a.model,a.device,a.dtype), template=a.template, seed=a.seed), a.target, a.candidates, a.k, superclass=a.superclass, short=a.shortlist)
+    for i,(c,s) in enumerate(zip(nb.names,nb.similarity), 1): print(f"{i:4d} {'     -' if s is None else f'{s:6.1f}'}  {c}{'  *' if i<=nb.k else ''}")
 
 # %% ../nbs/90_cli.ipynb #646977c2
 def open_run(a):

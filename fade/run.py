@@ -89,6 +89,7 @@ def run(
     n:int=25,                  # evaluation images a concept
     template:str=templates[0], # the sentence for neighbourhood and evaluation
     superclass:str='',         # what all candidates are
+    short:bool=False,          # measure a shortlist of the candidates only
     device:str='', dtype:str='float32',
     say=print,                 # what to do with lines meant to be read
     **changes,                 # other fields of the recipe that should differ
@@ -106,16 +107,16 @@ def run(
     with run_folder(out) as folder:
         pipe = load_pipeline(model, device, dtype)
         studio,recipe = Studio(pipe, template=template, seed=seed),recipe_for(pipe, recipe, method, steps=steps, **changes)
-        return stages(studio, folder, target, candidates, k, method, recipe, n, superclass, cs, say)
+        return stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, say)
 
 # %% ../nbs/80_run.ipynb #8800b712
-def stages(studio, folder, target, candidates, k, method, recipe, n, superclass, cs, say)->dict:
+def stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, say)->dict:
     "The stages of `run`, after everything was checked."
     clock,seconds = time.monotonic,{}
     def timed(name, start): seconds[name] = round(clock()-start, 1)
     start = begin = clock(); forget_peak()
-    announce(studio, target, cs, k, method, recipe, n, say)
-    nb = neighborhood(studio, target, candidates, k, superclass=superclass)
+    announce(studio, target, cs, k, method, recipe, n, short, say)
+    nb = neighborhood(studio, target, candidates, k, superclass=superclass, short=short)
     nb.save(folder/'neighborhood.json')
     say('neighbours: '+', '.join(f'{c} ({s:.0f})' for c,s in zip(nb.neighbours,nb.similarity)))
     timed('neighborhood', start); start = clock()
@@ -155,14 +156,17 @@ def trained(studio, nb, method, recipe, folder):
     return edit, cost
 
 # %% ../nbs/80_run.ipynb #c4487a42
-def announce(studio, target, cs, k, method, recipe, n, say)->None:
+def announce(studio, target, cs, k, method, recipe, n, short, say)->None:
     "Say what the run will cost."
     near = [target]+[c for c in cs.names if c!=target]
     missing = sum(25-min(25,len(studio.recall('neighborhood',c,studio.by_phi))) for c in near)
+    brief = images_for(len(near)-1, k, 25, studio.sampler)
+    if short: missing = min(missing, brief)
     forwards = expected_forwards(recipe, studio.sampler, k, missing, n*min(3*k+11, len(near)+10))
     one = seconds_a_forward(studio.pipe, studio.sampler.batch)
     say(f"erasing '{target}' from {Path(str(studio.pipe.name_or_path)).name} with {method}, recipe '{recipe.name}', {recipe.steps} steps, {len(near)-1} candidates")
     say(f"at most {sum(forwards.values()):,} U-Net sample-forwards, about {sum(forwards.values())*one/60:.1f} minutes on {studio.pipe.device.type}: "+', '.join(f'{v:,} {name}' for name,v in forwards.items() if v))
+    if not short and missing>4*brief: say(f'a shortlist of the candidates (--shortlist) would need {brief:,} images of the untouched model, not {missing:,}')
 
 # %% ../nbs/80_run.ipynb #8f6434a3
 def one_run(job:dict):
