@@ -338,6 +338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'fade.shape.cost': ('shape.html#cost', 'fade/shape.py'),
                             'fade.shape.decoding': ('shape.html#decoding', 'fade/shape.py'),
                             'fade.shape.fit_memory': ('shape.html#fit_memory', 'fade/shape.py'),
+                            'fade.shape.fitted': ('shape.html#fitted', 'fade/shape.py'),
                             'fade.shape.free_memory': ('shape.html#free_memory', 'fade/shape.py'),
                             'fade.shape.levels_like': ('shape.html#levels_like', 'fade/shape.py'),
                             'fade.shape.measuring': ('shape.html#measuring', 'fade/shape.py'),
