@@ -39,6 +39,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--recipe', default='', help="a recipe of the method, such as paper (default: the model's own)")
     p.add_argument('--steps', type=int, help="optimiser steps (default: the recipe's)")
     p.add_argument('--n', type=int, default=25, help='evaluation images a concept (default: %(default)s)')
+    p.add_argument('--judge', default='', help="folder or hub id of a ResNet classifier (default: the model's own, else CLIP)")
     p.add_argument('--out', default='', help='run folder (default: runs/TARGET, or runs/METHOD/TARGET for a peer)')
     p = sub.add_parser('neighborhood', help='find the concepts nearest to one'); add_target(p); add_model(p)
     p = sub.add_parser('evaluate', help='score a run again, with other images or another judge'); p.add_argument('run', help='a run folder'); add_model(p)
@@ -74,12 +75,14 @@ def slug(name:str)->str:
 
 def do_erase(a)->None:
     from fade.run import run
-    run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.shortlist, a.device, a.dtype)
+    run(a.target, a.out or Path('runs')/('' if a.method=='fade' else a.method)/slug(clean_name(a.target)), a.model, a.candidates, a.k, a.method, a.recipe, a.steps, a.seed, a.n, a.template, a.superclass, a.shortlist, a.device, a.dtype, a.judge)
 
 def do_neighborhood(a)->None:
     find_target(a.target, a.candidates, a.superclass, drawn=not a.model); prompt(a.target, a.template)
     from fade.neighborhood import Studio, load_pipeline, neighborhood
-    nb = neighborhood(Studio(load_pipeline(a.model,a.device,a.dtype), template=a.template, seed=a.seed), a.target, a.candidates, a.k, superclass=a.superclass, short=a.shortlist)
+    from fade.shape import fitted
+    pipe = load_pipeline(a.model, a.device, a.dtype)
+    nb = neighborhood(Studio(pipe, fitted(pipe), a.template, seed=a.seed), a.target, a.candidates, a.k, superclass=a.superclass, short=a.shortlist)
     for i,(c,s) in enumerate(zip(nb.names,nb.similarity), 1): print(f"{i:4d} {'     -' if s is None else f'{s:6.1f}'}  {c}{'  *' if i<=nb.k else ''}")
 
 # %% ../nbs/90_cli.ipynb #646977c2
@@ -87,10 +90,11 @@ def open_run(a):
     "The run's record, its neighbourhood, and a studio of its model, untouched. Raises `FadeError` when it is not finished."
     folder = Path(a.run)
     check((folder/'metrics.json').is_file(), f"{folder} is no finished run: give a folder made by 'fade erase'.")
-    from fade.run import Neighborhood, Studio, load_pipeline
+    from fade.run import Neighborhood, Studio, fitted, load_pipeline
     m,nb = load_json(folder/'metrics.json'),Neighborhood.load(folder/'neighborhood.json')
     model = a.model or ('' if m['model']['name']=='miniature' else m['model']['name'])
-    return folder, nb, Studio(load_pipeline(model, a.device, a.dtype), template=m['template'], seed=a.seed)
+    pipe = load_pipeline(model, a.device, a.dtype)
+    return folder, nb, Studio(pipe, fitted(pipe), m['template'], seed=a.seed)
 
 def do_evaluate(a)->None:
     from fade.run import closing_table, evaluate, judge_for, load_edit

@@ -89,8 +89,11 @@ def train(
     desc:str='training',    # on the progress bar
 )->list[dict]:              # the loss terms of every step
     "Train an edit. Raises `FadeError` at a loss that is not finite; then the edit is detached, and the last good checkpoint stays."
+    half = next((p.dtype for p in edit.params.values() if p.dtype!=torch.float32), None)
     checkpoint = Path(folder)/'checkpoint.safetensors' if folder else ''
-    try: history = fit(module or edit.unet, loss, recipe.steps, recipe.lr, recipe.schedule, weight_decay, clip, checkpoint=checkpoint, every=every, about=fingerprint(about), desc=desc)
+    try:
+        check(not half, f"This method trains the model's own weights, and in {str(half).split('.')[-1]} small steps round to none: load the model in float32.")
+        history = fit(module or edit.unet, loss, recipe.steps, recipe.lr, recipe.schedule, weight_decay, clip, checkpoint=checkpoint, every=every, about=fingerprint(about), desc=desc)
     except BaseException: edit.detach(); raise
     for p in edit.params.values(): p.requires_grad_(False)
     return history

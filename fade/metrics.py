@@ -61,13 +61,17 @@ def judge_for(
     studio:Studio,
     nb:Neighborhood,
     source:str|Path='', # a judge's folder or hub id; the model's own when empty
+    say=print,          # what to do with the line that says that CLIP judges
 ):
-    "The judge of a run: a trained one that knows all its concepts, or CLIP."
-    concepts = [nb.target]+nb.names+nb.unrelated(seed=studio.seed)
-    source = source or settings_for(studio.pipe)['judge']
-    if source:
-        judge = Judge(source, studio.pipe.device)
-        if set(concepts)<=set(judge.names): return judge
+    "The judge of a run: the one asked for, or else the model's own where it knows all concepts, or else CLIP. Raises `FadeError` when the one asked for does not know them."
+    concepts,why = [nb.target]+nb.names+nb.unrelated(seed=studio.seed),'the model names no judge'
+    if own:=source or settings_for(studio.pipe)['judge']:
+        judge = Judge(own, studio.pipe.device)
+        unknown = [c for c in concepts if c not in judge.names]
+        if not unknown: return judge
+        why = f"the judge {Path(str(own)).name} knows {len(judge.names)} concepts, but not {', '.join(unknown[:3])}"
+        check(not source, f'{why[0].upper()+why[1:]}: give one that was trained on them, or none and CLIP judges.')
+    say(f'CLIP judges: {why}.')
     return ZeroShotJudge(studio.phi, list(dict.fromkeys(concepts)), studio.template)
 
 # %% ../nbs/60_metrics.ipynb #c00dcdfe

@@ -39,6 +39,7 @@ def load_pipeline(
     try: pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False)
     except (OSError,ValueError,AttributeError) as e: raise FadeError(f'Cannot load {source} as a Stable Diffusion pipeline: give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.') from e
     pipe.set_progress_bar_config(disable=True)
+    if (pipe.load_config(source).get('safety_checker') or [None])[0]: print(f'The safety checker of {Path(source).name} is off: its images are shown and judged as they are.')
     try: return pipe.to(device or default_device())
     except (RuntimeError,AssertionError) as e: raise FadeError(f"There is no device '{device}' here: choose cpu, cuda or mps.") from e
 
@@ -160,12 +161,13 @@ def denoise(
     seeds:list[int],     # one an image
     sampler:Sampler,
     null:torch.Tensor,   # embeddings of the empty prompt, `(1,L,d)`
+    size:tuple=(),       # height and width in latents; the model's own when empty
 )->torch.Tensor:         # clean latents, `(n,4,h,w)`
     "One batch from noise to clean latents, with classifier-free guidance."
     gens = [torch.Generator().manual_seed(s) for s in seeds]
-    scheduler,size = sampler.new(pipe),pipe.unet.config.sample_size
+    scheduler,size = sampler.new(pipe),size or (pipe.unet.config.sample_size,)*2
     extra = {'generator':gens} if 'generator' in inspect.signature(scheduler.step).parameters else {}
-    x = torch.stack([torch.randn(pipe.unet.config.in_channels, size, size, generator=g) for g in gens]).to(pipe.device, embeds.dtype)*scheduler.init_noise_sigma
+    x = torch.stack([torch.randn(pipe.unet.config.in_channels, *size, generator=g) for g in gens]).to(pipe.device, embeds.dtype)*scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         eps = guided(pipe, scheduler.scale_model_input(x, t), t, embeds, null, sampler.guidance_scale)
         x = scheduler.step(eps, t, x, return_dict=False, **extra)[0]
@@ -178,6 +180,7 @@ def sample_latents(
     seeds:list[int],       # one an image
     sampler:Sampler=None,  # the model's recommended one when left out
     desc:str='generating', # on the progress bar
+    size:tuple=(),         # height and width in latents; the model's own when empty
 )->torch.Tensor:           # clean latents, `(n,4,h,w)`, on the CPU
     "Make images, as latents."
     check(len(prompts)==len(seeds), f'{len(prompts)} prompts and {len(seeds)} seeds: give one seed an image.')
@@ -186,7 +189,7 @@ def sample_latents(
     for i in tqdm(range(0, len(seeds), sampler.batch), desc=desc, unit='batch', leave=False):
         at = list(range(i, min(i+sampler.batch, len(seeds))))
         full = at+at[-1:]*(sampler.batch-len(at))
-        res.append(denoise(pipe, embeds[full], [seeds[j] for j in full], sampler, null)[:len(at)].cpu())
+        res.append(denoise(pipe, embeds[full], [seeds[j] for j in full], sampler, null, size)[:len(at)].cpu())
     return torch.cat(res)
 
 # %% ../nbs/20_pipeline.ipynb #2dc1fe1f
@@ -236,9 +239,10 @@ def generate(
     seeds:list[int],       # one an image
     sampler:Sampler=None,  # the model's recommended one when left out
     desc:str='generating', # on the progress bar
+    size:tuple=(),         # height and width in latents; the model's own when empty
 )->torch.Tensor:           # bytes, `(n,3,H,W)`
     "Make images."
-    return decode(pipe, sample_latents(pipe, prompts, seeds, sampler, desc))
+    return decode(pipe, sample_latents(pipe, prompts, seeds, sampler, desc, size))
 
 # %% ../nbs/20_pipeline.ipynb #065423fd
 def active(unet)->list[str]:

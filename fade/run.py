@@ -22,6 +22,7 @@ from .neighborhood import *
 from .eraser import *
 from .metrics import *
 from .report import *
+from .shape import fitted
 
 # %% ../nbs/80_run.ipynb #a8634a9e
 @contextmanager
@@ -91,6 +92,7 @@ def run(
     superclass:str='',         # what all candidates are
     short:bool=False,          # measure a shortlist of the candidates only
     device:str='', dtype:str='float32',
+    judge:str|Path='',         # a judge's folder or hub id; the model's own when empty, else CLIP
     say=print,                 # what to do with lines meant to be read
     **changes,                 # other fields of the recipe that should differ
 )->dict:                       # the record, as in `metrics.json`
@@ -106,11 +108,14 @@ def run(
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     with run_folder(out) as folder:
         pipe = load_pipeline(model, device, dtype)
-        studio,recipe = Studio(pipe, template=template, seed=seed),recipe_for(pipe, recipe, method, steps=steps, **changes)
-        return stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, say)
+        recipe = recipe_for(pipe, recipe, method, steps=steps, **changes)
+        samples = sum(getattr(recipe,o,0) for o in ('batch','neighbours','anchors'))
+        studio = Studio(pipe, fitted(pipe, samples, say), template, seed=seed)
+        if judge: judge_for(studio, Neighborhood(target, [c for c in cs.names if c!=target], [], k, cs.name), judge)
+        return stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, judge, say)
 
 # %% ../nbs/80_run.ipynb #8800b712
-def stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, say)->dict:
+def stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, judge, say)->dict:
     "The stages of `run`, after everything was checked."
     clock,seconds = time.monotonic,{}
     def timed(name, start): seconds[name] = round(clock()-start, 1)
@@ -122,7 +127,7 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
     timed('neighborhood', start); start = clock()
     edit,cost = trained(studio, nb, method, recipe, folder)
     timed('training', start); start = clock()
-    record = evaluate(studio, edit, nb, n=n)
+    record = evaluate(studio, edit, nb, judge_for(studio, nb, judge, say), n)
     save_figure(before_after(studio, edit, nb), folder/'before_after.png')
     timed('evaluation', start); seconds['total'] = round(clock()-begin, 1)
     model = dict(name=Path(str(studio.pipe.name_or_path)).name, fingerprint=edit.about['model'])

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['aten', 'fused', 'peaks', 'shaped_pipeline', 'Peak', 'Whole', 'cost', 'free_memory', 'decoding', 'room', 'fit_memory',
-           'levels_like', 'noise_from_v', 'v_from_noise', 'speaking', 'v_weight', 'check_v', 'measuring', 'run_costs']
+           'fitted', 'levels_like', 'noise_from_v', 'v_from_noise', 'speaking', 'v_weight', 'check_v', 'measuring',
+           'run_costs']
 
 # %% ../nbs/22_shape.ipynb #e07a5896
 import ctypes, gc, threading, time, weakref
 from contextlib import contextmanager
+from dataclasses import replace
 import pandas as pd
 import psutil
 import torch
@@ -145,6 +147,8 @@ def fit_memory(
     check(need[0]<=usable, f'One image of {resolution} pixels needs {need[0]/1e9:.2f} GB beside the weights, and {usable/1e9:.2f} GB can be used: choose a smaller resolution or another device.')
     pipe.vae.enable_tiling() if tiling else pipe.vae.disable_tiling()
     res = dict(batch=room(*need,usable), decode=room(*(n*decoding(pipe,resolution) for n in (1,2)), usable), training=0)
+    pipe.vae.disable_slicing()
+    if res['decode']<16: pipe.vae.enable_slicing(); did.append('VAE slicing on') # `decode` takes 16 at a time
     if samples:
         mesh = attach(pipe, name='fit memory')
         def steps(): return [cost(pipe, resolution, n, train=True)['bytes'] for n in (1,2)]
@@ -159,6 +163,22 @@ def fit_memory(
     did.append('VAE tiling '+('on' if tiling else 'off'))
     said = f"{free/1e9:.1f} GB free at {resolution} pixels: {res['batch']} images at a time, {res['decode']} to decode"+(f", {res['training']} training samples" if samples else '')+f"; {', '.join(did)}."
     return dict(**res, said=said)
+
+# %% ../nbs/22_shape.ipynb #6539d2c6
+def fitted(
+    pipe,
+    samples:int=0, # of a training step; 0 when only images are made
+    say=print,     # what to do with lines meant to be read
+    free:int=None, # bytes; what is free on the pipeline's device when left out
+)->Sampler:
+    "The model's recommended sampler, with a smaller batch where that one does not fit; the switches are set as in `fit_memory`."
+    sampler,free = sampler_for(pipe),free_memory(pipe.device) if free is None else free
+    if sum(p.numel()*p.element_size() for p in pipe.unet.parameters())<free/100: return sampler
+    fit = fit_memory(pipe, pipe.unet.config.sample_size*2**(len(pipe.vae.config.block_out_channels)-1), samples, free=free)
+    say(fit['said'])
+    if fit['batch']>=sampler.batch: return sampler
+    say(f"{fit['batch']} images at a time instead of {sampler.batch}, which do not fit: the last bits of images will differ.")
+    return replace(sampler, batch=fit['batch'])
 
 # %% ../nbs/22_shape.ipynb #0e2d4bc7
 def levels_like(pipe, t, x):

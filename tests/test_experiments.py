@@ -3,9 +3,13 @@ from pathlib import Path
 
 import papermill
 import pytest
+import yaml
 
 from conftest import ROOT
-from fade.core import load_json
+from fade.concepts import concept_set, find_target
+from fade.core import FadeError, load_json
+from fade.eraser import eraser
+from fade.sweep import check_parameters
 
 folder = ROOT / "nbs" / "experiments"
 
@@ -18,7 +22,18 @@ def test_defaults_run(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", sorted((folder / "params").glob("*.yaml")), ids=lambda p: p.stem)
-def test_parameter_files_name_known_parameters(file):
-    import yaml
-    known = papermill.inspect_notebook(folder / f"{file.stem.split('-')[0]}.ipynb")
-    assert set(yaml.safe_load(file.read_text())) <= set(known)
+def test_parameter_files_suit_their_notebooks(file, monkeypatch):
+    "Names and types, and that methods, recipes, candidates and targets are there: what would stop a run on a GPU in its first second."
+    monkeypatch.chdir(folder)
+    params = yaml.safe_load(file.read_text())
+    check_parameters(folder / f"{file.stem.split('-')[0]}.ipynb", params)
+    for method in params.get("methods", []): eraser(method)
+    if params.get("candidates"): concept_set(params["candidates"])
+    if "model" in params:
+        for target in [params.get("target"), *params.get("targets", [])]:
+            if target: find_target(target, params.get("candidates", "") or ("imagenette" if "concepts" in params else ""))
+
+
+def test_a_parameter_of_another_type_is_refused():
+    with pytest.raises(FadeError, match="takes n as int"): check_parameters(folder / "tables.ipynb", dict(n="ten"))
+    with pytest.raises(FadeError, match="did you mean methods"): check_parameters(folder / "tables.ipynb", dict(method=["fade"]))

@@ -7,6 +7,7 @@ import sysconfig
 import venv
 import zipfile
 
+import nbformat
 import pytest
 from conftest import ROOT, repository_files
 
@@ -64,3 +65,14 @@ def test_imports_from_where_it_is_installed(installed, tmp_path):
 def test_command_runs_from_an_empty_folder(installed, tmp_path):
     assert run([installed / "fade", "concepts"], tmp_path).strip()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", ["41_losses", "experiments/neighborhood"])
+def test_pages_run_as_in_colab(installed, tmp_path, page):
+    "A page alone in a folder outside the repository, with nothing but the wheel to import `fade` from."
+    book = nbformat.read(ROOT / f"nbs/{page}.ipynb", as_version=4)
+    book.cells.append(nbformat.v4.new_code_cell("import fade; fade.__file__"))
+    nbformat.write(book, tmp_path / "page.ipynb")
+    run([installed / "python", "-m", "papermill", "--no-progress-bar", "page.ipynb", "out.ipynb"], tmp_path)
+    (where,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
+    assert where.data["text/plain"].strip("'").startswith(str(installed.parent))

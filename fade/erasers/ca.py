@@ -163,7 +163,8 @@ def ca_loss(
         else:
             eps = say(x, t, c)
             with torch.no_grad(): teacher = say(x, t, a)
-        return ablation(eps, teacher, noise, mask, recipe.prior)
+        truth = noise if pipe.scheduler.config.prediction_type=='epsilon' else add_noise(noise, -x0.to(noise), levels[t.cpu()].to(noise)) # $v=\sqrt{\bar\alpha}\,\varepsilon-\sqrt{1-\bar\alpha}\,x_0$
+        return ablation(eps, teacher, truth, mask, recipe.prior)
     return loss
 
 # %% ../../nbs/52_ca.ipynb #dcf2deeb
