@@ -39,8 +39,8 @@ test: check-sync check-pages test-notebooks test-package ## everything CI checks
 
 # Tests use the models in the repository, never a hub.
 check-sync check-pages test-notebooks test-package: export HF_HUB_OFFLINE = 1
-# Two notebooks run side by side: with more than one thread each they would wait for one another.
-test-notebooks: export OMP_NUM_THREADS = 1
+# Two notebooks or test files run side by side: with more than one thread each they would wait for one another.
+test-notebooks test-package: export OMP_NUM_THREADS = 1
 
 check-sync: setup
 	@echo "== test 1/4: notebooks are clean and fade/ is what they export"
@@ -57,7 +57,7 @@ test-notebooks: setup
 
 test-package: setup
 	@echo "== test 4/4: tests/"
-	@$(bin)/pytest
+	@$(bin)/pytest --numprocesses 2 --dist loadfile
 
 export: setup ## fade/ from nbs/, notebooks cleaned
 	@$(docs) sync
