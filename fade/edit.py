@@ -17,7 +17,7 @@ from .pipeline import *
 # %% ../nbs/43_edit.ipynb #145682fc
 cross_kv = r'attn2\.to_[kv]\.'        # keys and values of cross-attention: where the prompt enters
 cross_all = r'attn2\.'                # all of cross-attention
-not_cross = r'^(?!time_embedding|conv_out|.*attn2\.)' # everything else, but time embedding and last convolution
+not_cross = r'^(?!time_embedding|conv_(norm_)?out|.*attn2\.)' # everything else, but time embedding and the last norm and convolution
 
 # %% ../nbs/43_edit.ipynb #aa20184f
 class Weights:
