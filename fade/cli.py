@@ -85,9 +85,11 @@ def do_neighborhood(a)->None:
 def open_run(a):
     "The run's record, its neighbourhood, and a studio of its model, untouched. Raises `FadeError` when it is not finished."
     folder = Path(a.run)
-    check((folder/'metrics.json').is_file(), f"{folder} is no finished run: give a folder made by 'fade erase'.")
-    from fade.run import Neighborhood, Studio, load_pipeline
-    m,nb = load_json(folder/'metrics.json'),Neighborhood.load(folder/'neighborhood.json')
+    sentence = f"{folder} is no finished run: give a folder made by 'fade erase'."
+    check((folder/'metrics.json').is_file(), sentence)
+    from fade.run import Neighborhood, Studio, load_pipeline, read_record
+    m = read_record(folder); check(m, sentence)
+    nb = Neighborhood.load(folder/'neighborhood.json')
     model = a.model or ('' if m['model']['name']=='miniature' else m['model']['name'])
     return folder, nb, Studio(load_pipeline(model, a.device, a.dtype), template=m['template'], seed=a.seed)
 

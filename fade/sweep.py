@@ -182,8 +182,10 @@ def measured_cost(
     out:Path, # a sweep's folder
 )->list[float]: # seconds
     "How long papermill took for each finished run."
-    books = [load_json(p.parent/'notebook.ipynb') for p in sorted(out.glob('*/metrics.json')) if (p.parent/'notebook.ipynb').is_file()]
-    return [s for b in books if (s:=b['metadata'].get('papermill',{}).get('duration'))]
+    def book(path):
+        try: return load_json(path)['metadata'].get('papermill',{})
+        except (FadeError,KeyError,TypeError): return {} # not there, or papermill was killed while it wrote
+    return [s for p in sorted(out.glob('*/metrics.json')) if (s:=book(p.parent/'notebook.ipynb').get('duration'))]
 
 def cost(
     notebook:Path,
@@ -328,6 +330,7 @@ def announce_sweep(notebook, out, runs, todo, workers, say)->dict:
     "Say what will be done and what it will cost; returns what the sweep's folder should remember. Raises `FadeError` in a folder of another notebook."
     code = fingerprint([c['source'] for c in load_json(notebook)['cells'] if c['cell_type']=='code'])
     about = load_json(out/'sweep.json') if (out/'sweep.json').is_file() else dict(schema=1, notebook=notebook.name, code=code)
+    check(isinstance(about,dict) and {'notebook','code'}<=about.keys(), f'{out} holds a sweep.json that is none: choose another folder with --out.')
     check(about['notebook']==notebook.name, f"{out} is a sweep of {about['notebook']}: choose another folder with --out.")
     say(f"{notebook.name}: {len(runs)} run{'s'[:len(runs)>1]}, {len(runs)-len(todo)} finished, in {out}")
     if about['code']!=code: say(f'{notebook.name} has changed since this sweep began: finished runs are kept as they are.')
