@@ -101,9 +101,11 @@ def do_evaluate(a)->None:
     print(closing_table(record))
 
 def do_generate(a)->None:
-    from fade.run import generate, load_edit
-    from fade.features import to_pil
     check(a.n>=1, f'{a.n} images cannot be made: choose 1 or more.')
+    check(0<=a.seed<2**63-a.n, f'The seed {a.seed} cannot be used: choose a number from 0 to 2⁶³.')
+    from fade.run import check_strength, generate, load_edit
+    from fade.features import to_pil
+    check_strength(a.strength, 'mesh')
     folder,_,studio = open_run(a)
     load_edit(studio.pipe, folder).scale(a.strength)
     for i,image in enumerate(to_pil(generate(studio.pipe, [a.prompt]*a.n, [a.seed+i for i in range(a.n)], studio.sampler))):
@@ -134,3 +136,4 @@ def main(argv=None)->int:
     except FadeError as e: print(f'fade: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\nfade: stopped; the same command goes on from here.', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 0
+    except OSError as e: print(f'fade: The system says: {e}.', file=sys.stderr); return 2

@@ -135,4 +135,5 @@ class ZeroShotJudge:
 
     def __call__(self, images:torch.Tensor)->torch.Tensor: # bytes `(n,3,h,w)` to probabilities `(n,len(names))`
         "How probable each concept is."
-        return (self.phi.model.logit_scale.exp().cpu() * self.phi.images(images) @ self.text.T).softmax(-1)
+        def one(x): return (self.phi.model.logit_scale.exp().cpu() * x @ self.text.T).softmax(-1)
+        return in_batches(one, self.phi.images(images), self.phi.batch)
