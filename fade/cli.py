@@ -89,9 +89,11 @@ def do_neighborhood(a)->None:
 def open_run(a):
     "The run's record, its neighbourhood, and a studio of its model, untouched. Raises `FadeError` when it is not finished."
     folder = Path(a.run)
-    check((folder/'metrics.json').is_file(), f"{folder} is no finished run: give a folder made by 'fade erase'.")
-    from fade.run import Neighborhood, Studio, fitted, load_pipeline
-    m,nb = load_json(folder/'metrics.json'),Neighborhood.load(folder/'neighborhood.json')
+    sentence = f"{folder} is no finished run: give a folder made by 'fade erase'."
+    check((folder/'metrics.json').is_file(), sentence)
+    from fade.run import Neighborhood, Studio, fitted, load_pipeline, read_record
+    m = read_record(folder); check(m, sentence)
+    nb = Neighborhood.load(folder/'neighborhood.json')
     model = a.model or ('' if m['model']['name']=='miniature' else m['model']['name'])
     pipe = load_pipeline(model, a.device, a.dtype)
     return folder, nb, Studio(pipe, fitted(pipe), m['template'], seed=a.seed)
@@ -104,9 +106,11 @@ def do_evaluate(a)->None:
     print(closing_table(record))
 
 def do_generate(a)->None:
-    from fade.run import generate, load_edit
-    from fade.features import to_pil
     check(a.n>=1, f'{a.n} images cannot be made: choose 1 or more.')
+    check(0<=a.seed<2**63-a.n, f'The seed {a.seed} cannot be used: choose a number from 0 to 2⁶³.')
+    from fade.run import check_strength, generate, load_edit
+    from fade.features import to_pil
+    check_strength(a.strength, 'mesh')
     folder,_,studio = open_run(a)
     load_edit(studio.pipe, folder).scale(a.strength)
     for i,image in enumerate(to_pil(generate(studio.pipe, [a.prompt]*a.n, [a.seed+i for i in range(a.n)], studio.sampler))):
@@ -137,3 +141,4 @@ def main(argv=None)->int:
     except FadeError as e: print(f'fade: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\nfade: stopped; the same command goes on from here.', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 0
+    except OSError as e: print(f'fade: The system says: {e}.', file=sys.stderr); return 2

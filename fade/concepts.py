@@ -59,6 +59,7 @@ def clean_name(
     "The name as it goes into a prompt. Raises `FadeError` when nothing is left."
     name = ' '.join(name.replace('\ufeff','').replace('_',' ').split())
     check(name, 'The name of a concept is empty: write it in quotes, such as "crimson daisy".')
+    check(not re.search('[\0\ud800-\udfff]', name), f'The name {ascii(name)} of a concept is no text: write it in UTF-8.')
     return name
 
 # %% ../nbs/01_concepts.ipynb #b9114216

@@ -42,10 +42,10 @@ class Settings:
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self,f.name)
-            if f.type is tuple: object.__setattr__(self, f.name, tuple(v))
+            if f.type is tuple: check(isinstance(v,(list,tuple)), f'The recipe has {f.name}={v!r}: give a list.'); object.__setattr__(self, f.name, tuple(v))
             if f.type is bool: check(isinstance(v,bool), f'The recipe has {f.name}={v!r}: give true or false.')
             if f.type in (int,float):
-                check(isinstance(v,(int,float)) and not isinstance(v,bool) and v==v and (f.type is float or v==int(v)), f'The recipe has {f.name}={v!r}: give a number.')
+                check(isinstance(v,(int,float)) and not isinstance(v,bool) and abs(v)<float('inf') and (f.type is float or v==int(v)), f'The recipe has {f.name}={v!r}: give a number.')
         self.at_least(1, 'batch')
         self.one_of('schedule', schedules)
 
@@ -55,7 +55,7 @@ class Settings:
 
     def one_of(self, name, values):
         "Raise `FadeError` when a field is none of these."
-        check(getattr(self,name) in values, f"There is no {name} '{getattr(self,name)}': choose one of {', '.join(values)}.")
+        check(getattr(self,name) in list(values), f"There is no {name} '{getattr(self,name)}': choose one of {', '.join(values)}.")
 
 # %% ../nbs/45_eraser.ipynb #28fb59e2
 def recipe_for(

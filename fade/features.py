@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
+from safetensors import SafetensorError
 from .core import *
 
 # %% ../nbs/11_features.ipynb #3109deef
@@ -58,9 +59,9 @@ class Phi:
     def __init__(self, source:str|Path, device='cpu', batch:int=64): # a folder or hub id; images at a time
         self.source,self.device,self.batch = str(source),device,batch
         try:
-            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
-        except (OSError,ValueError) as e: raise FadeError(f'Cannot load a CLIP model from {source}: give a folder or hub id such as openai/clip-vit-large-patch14.') from e
+        except (OSError,ValueError,SafetensorError) as e: raise refusal(e, source, f'Cannot load a CLIP model from {source}: give a folder or hub id such as openai/clip-vit-large-patch14.') from e
         self.look = preprocessing(source)
 
     @property
@@ -70,10 +71,11 @@ class Phi:
     def images(self, x:torch.Tensor)->torch.Tensor: # bytes `(n,3,h,w)` to `(n,d)` on the CPU
         "Unit features of images."
         def one(x): return self.model.visual_projection(self.model.vision_model(to_pixels(x, **self.look, device=self.device)).pooler_output)
-        return F.normalize(torch.cat([one(o) for o in x.split(self.batch)]), dim=-1).cpu()
+        return F.normalize(in_batches(one, x, self.batch), dim=-1).cpu()
 
     @torch.no_grad()
     def texts(self, prompts:list[str])->torch.Tensor: # `(n,d)` on the CPU
         "Unit features of sentences."
         toks = self.tokenizer(prompts, padding='max_length', truncation=True, max_length=self.model.config.text_config.max_position_embeddings, return_tensors='pt')
-        return F.normalize(self.model.text_projection(self.model.text_model(toks.input_ids.to(self.device)).pooler_output), dim=-1).cpu()
+        def one(ids): return self.model.text_projection(self.model.text_model(ids).pooler_output)
+        return F.normalize(in_batches(one, toks.input_ids.to(self.device), 8), dim=-1).cpu()

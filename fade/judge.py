@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import ResNetConfig, ResNetForImageClassification
+from safetensors import SafetensorError
 from .core import *
 from .concepts import aligned, concept_set, prompt, templates
 from .features import *
@@ -22,8 +23,8 @@ class Judge:
     kind = 'trained'
     def __init__(self, source:str|Path, device='cpu', batch:int=64, concepts:str=''): # a folder or hub id; images at a time; the concept set whose classes it has, where its labels are not names already
         self.source,self.device,self.batch = str(source),device,batch
-        try: self.model = ResNetForImageClassification.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
-        except (OSError,ValueError) as e: raise FadeError(f'Cannot load a judge from {source}: give a folder or hub id of a ResNet image classifier.') from e
+        try: self.model = ResNetForImageClassification.from_pretrained(source, dtype=torch.float32, use_safetensors=True).to(device).eval().requires_grad_(False)
+        except (OSError,ValueError,SafetensorError) as e: raise refusal(e, source, f'Cannot load a judge from {source}: give a folder or hub id of a ResNet image classifier.') from e
         self.look = preprocessing(source)
         labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
         concepts = concepts or ('imagenet-1k' if len(labels)==1000 and labels[0].startswith('tench,') else '')
@@ -34,7 +35,8 @@ class Judge:
     @torch.no_grad()
     def __call__(self, images:torch.Tensor)->torch.Tensor: # bytes `(n,3,h,w)` to probabilities `(n,len(names))` on the CPU
         "How probable each concept is."
-        p = torch.cat([self.model(to_pixels(o, **self.look, device=self.device)).logits.softmax(-1) for o in images.split(self.batch)]).cpu()
+        def one(o): return self.model(to_pixels(o, **self.look, device=self.device)).logits.softmax(-1)
+        p = in_batches(one, images, self.batch).cpu()
         return torch.zeros(len(p), len(self.names)).index_add(1, self.at, p)
 
 # %% ../nbs/12_judge.ipynb #6bf0b8f3
@@ -78,8 +80,8 @@ def train_judge(
     seed_all(seed_for('judge',seed))
     ids = dict(num_labels=len(names), id2label=dict(enumerate(names)), label2id={n:i for i,n in enumerate(names)})
     if base:
-        try: model,look = ResNetForImageClassification.from_pretrained(base, ignore_mismatched_sizes=True, dtype=torch.float32, **ids),preprocessing(base)
-        except (OSError,ValueError) as e: raise FadeError(f'Cannot load {base} to fine-tune it: give a folder or hub id of a ResNet image classifier, such as microsoft/resnet-50.') from e
+        try: model,look = ResNetForImageClassification.from_pretrained(base, ignore_mismatched_sizes=True, dtype=torch.float32, use_safetensors=True, **ids),preprocessing(base)
+        except (OSError,ValueError,SafetensorError) as e: raise refusal(e, base, f'Cannot load {base} to fine-tune it: give a folder or hub id of a ResNet image classifier, such as microsoft/resnet-50.') from e
     else:
         model = ResNetForImageClassification(ResNetConfig(embedding_size=32, hidden_sizes=[32,64,128,192], depths=[1,1,1,1], layer_type='basic', **ids))
         look = dict(size=images.shape[-1], image_mean=[.5]*3, image_std=[.5]*3)
@@ -134,7 +136,8 @@ class ZeroShotJudge:
 
     def __call__(self, images:torch.Tensor)->torch.Tensor: # bytes `(n,3,h,w)` to probabilities `(n,len(names))`
         "How probable each concept is."
-        return (self.phi.model.logit_scale.exp().cpu() * self.phi.images(images) @ self.text.T).softmax(-1)
+        def one(x): return (self.phi.model.logit_scale.exp().cpu() * x @ self.text.T).softmax(-1)
+        return in_batches(one, self.phi.images(images), self.phi.batch)
 
 # %% ../nbs/12_judge.ipynb #96aa624d
 class NudeNet:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from .core import *
 from .pipeline import *
-from .mesh import Mesh, side_by_side
+from .mesh import Mesh, check_paths, side_by_side
 
 # %% ../nbs/42_kohya.ipynb #ab20d87c
 def kohya_names(
@@ -62,13 +62,7 @@ def load_kohya(
     (paths,header),unet = read_kohya(path),pipe.unet
     check(name not in getattr(unet,'peft_config',{}), f"The pipeline already has an adapter '{name}': choose another name or detach it first.")
     names = kohya_names(unet)
-    strange = [k for k in paths if k not in names]
-    check(not strange, f"The mesh {path} has paths beside {len(strange)} layers that this U-Net does not have, such as '{next(iter(strange),'')}': load the model it was made for.")
-    for k,p in paths.items():
-        W,r = unet.get_submodule(names[k]),len(p['down'])
-        want = ((r,*W.weight.shape[1:]), (len(W.weight),r,*(1,)*(W.weight.ndim-2)))
-        have = tuple(p['down'].shape),tuple(p['up'].shape)
-        check(have==want, f"The mesh {path} was made for another model: '{k}' has {have[0]} and {have[1]}, and this U-Net needs {want[0]} and {want[1]}.")
+    check_paths(unet, {names.get(k,k):(p['down'],p['up']) for k,p in paths.items()}, f'mesh {path}')
     on,grads = active(unet),{p:p.requires_grad for p in unet.parameters()}
     ranks,alphas = ({names[k]:f(p) for k,p in paths.items()} for f in (lambda p: len(p['down']), lambda p: p['alpha'].item()))
     config = LoraConfig(r=next(iter(ranks.values())), lora_alpha=next(iter(alphas.values())), target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas)

@@ -6,7 +6,7 @@
 __all__ = ['schedules', 'onecycle', 'warmup', 'constant', 'restarts', 'Run', 'fit']
 
 # %% ../nbs/10_loop.ipynb #0bf29ee7
-import math, time, warnings
+import math, time
 from pathlib import Path
 from typing import Callable
 import torch
@@ -66,10 +66,11 @@ class Run:
         "Go on from a checkpoint. Raises `FadeError` when it belongs to another run."
         ts,meta = load_tensors(path)
         check(isinstance(meta,dict) and meta.get('about')==about, f'The checkpoint {path} belongs to another run.')
+        check({'step','history'}<=meta.keys() and all(k in ts and ts[k].shape==v.shape for k,v in self.tensors().items()), f'The checkpoint {path} is not whole.')
         for n,p in self.params.items():
             p.copy_(ts[f'param/{n}'])
-            state = {k:ts[f'{k}/{n}'] for k in ('step','exp_avg','exp_avg_sq')}
-            self.opt.state[p] = {k:v.to(p.device) for k,v in state.items()}
+            state = {k:ts[f'{k}/{n}'] for k in ('step','exp_avg','exp_avg_sq') if f'{k}/{n}' in ts} # none where there never was a gradient
+            if state: self.opt.state[p] = {k:v.to(p.device) for k,v in state.items()}
         for n,b in self.buffers.items(): b.copy_(ts[f'buffer/{n}'])
         for n,e in self.ema.items(): e.copy_(ts[f'ema/{n}'])
         self.step,self.history = meta['step'],meta['history']
@@ -94,9 +95,7 @@ def fit(
     checkpoint = Path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.exists():
         try: run.load(checkpoint, about)
-        except (FadeError,KeyError,RuntimeError) as e:
-            aside = checkpoint.replace(checkpoint.with_suffix('.set-aside'))
-            warnings.warn(f'{e} It was set aside as {aside.name}; training starts anew.')
+        except FadeError as e: set_aside(checkpoint, e)
     saved = time.monotonic()
     with tqdm(total=steps, initial=run.step, desc=desc, unit='step') as bar:
         while run.step<steps:

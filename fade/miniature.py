@@ -204,9 +204,9 @@ def train_unet(
 )->list[dict]:                   # the loss history
     "Train the U-Net and save it as an ordinary diffusers folder."
     captions,tok = Captions(data),CLIPTokenizer.from_pretrained(clip)
-    text = CLIPModel.from_pretrained(clip, dtype=torch.float32).text_model.eval()
+    text = CLIPModel.from_pretrained(clip, dtype=torch.float32, use_safetensors=True).text_model.eval()
     with torch.no_grad(): embeds = text(tok(captions.texts, padding='max_length', return_tensors='pt').input_ids).last_hidden_state
-    vae = AutoencoderKL.from_pretrained(vae)
+    vae = AutoencoderKL.from_pretrained(vae, use_safetensors=True)
     mean,std = (z*vae.config.scaling_factor for z in encode(vae, data.images))
     seed_all(seed_for('unet',seed))
     unet = new_unet(mean.shape[-1], embeds.shape[-1])
@@ -231,10 +231,10 @@ def assemble(
     folder:str|Path,                            # the pipeline's folder
 )->None:
     "Write the parts as one pipeline folder."
-    full = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+    full = CLIPModel.from_pretrained(clip, dtype=torch.float32, use_safetensors=True)
     text = CLIPTextModel(full.config.text_config)
     text.load_state_dict({k.removeprefix('text_model.') if not hasattr(text,'text_model') else k:v for k,v in full.state_dict().items() if k.startswith('text_model.')})
-    parts = dict(vae=AutoencoderKL.from_pretrained(vae), unet=UNet2DConditionModel.from_pretrained(unet), text_encoder=text)
+    parts = dict(vae=AutoencoderKL.from_pretrained(vae, use_safetensors=True), unet=UNet2DConditionModel.from_pretrained(unet, use_safetensors=True), text_encoder=text)
     scheduler = DPMSolverMultistepScheduler(**noise_schedule)
     StableDiffusionPipeline(**{k:m.half() for k,m in parts.items()}, tokenizer=CLIPTokenizer.from_pretrained(clip), scheduler=scheduler,
                             safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)

@@ -47,10 +47,11 @@ def recall(self:Studio, purpose:str, concept:str, by:str)->torch.Tensor:
     if path.exists():
         try: return load_tensors(path)[0]['rows']
         except (FadeError,KeyError) as e:
-            path.replace(path.with_suffix('.set-aside')); warnings.warn(f'{e} It was set aside and is made again.')
+            set_aside(path, e if isinstance(e,FadeError) else f'{path} holds no results.')
     if self.shipped is None:
         file = self.folder/'untouched.safetensors'
-        self.shipped = load_tensors(file)[0] if file.is_file() else {}
+        try: self.shipped = load_tensors(file)[0] if file.is_file() else {}
+        except FadeError as e: self.shipped = {}; warnings.warn(f'{e} It is left alone, and what it holds is made again.')
     return self.shipped.get(key, torch.empty(0))
 
 @patch
@@ -130,7 +131,10 @@ class Neighborhood:
 
     def save(self, path:str|Path): save_json(path, asdict(self))
     @classmethod
-    def load(cls, path:str|Path): return cls(**load_json(path))
+    def load(cls, path:str|Path):
+        "Read a saved one. Raises `FadeError` for a file that is none."
+        try: return cls(**load_json(path))
+        except TypeError as e: raise FadeError(f'{path} holds no neighbourhood: erase again, in another folder.') from e
 
 # %% ../nbs/30_neighborhood.ipynb #bc62546e
 def rank(

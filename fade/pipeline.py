@@ -18,6 +18,7 @@ import torch
 import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from .core import *
 
@@ -36,8 +37,8 @@ def load_pipeline(
     check(dtype in ('float32','bfloat16','float16'), f"There is no dtype '{dtype}': choose float32, bfloat16 or float16.")
     source = model or data_path('miniature')
     check(not Path(source).is_dir() or (Path(source)/'model_index.json').is_file(), f'The folder {source} is no diffusers pipeline: it has no model_index.json.')
-    try: pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False)
-    except (OSError,ValueError,AttributeError) as e: raise FadeError(f'Cannot load {source} as a Stable Diffusion pipeline: give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.') from e
+    try: pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+    except (OSError,ValueError,AttributeError,SafetensorError) as e: raise refusal(e, source, f'Cannot load {source} as a Stable Diffusion pipeline: give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.') from e
     pipe.set_progress_bar_config(disable=True)
     if (pipe.load_config(source).get('safety_checker') or [None])[0]: print(f'The safety checker of {Path(source).name} is off: its images are shown and judged as they are.')
     try: return pipe.to(device or default_device())
@@ -225,12 +226,10 @@ def decode(
     batch:int=16,         # at a time; short batches are padded
 )->torch.Tensor:          # bytes, `(n,3,H,W)`
     "Latents to images."
-    res = []
-    for z in latents.split(batch):
-        z,n = torch.cat([z, z[-1:].expand(batch-len(z),-1,-1,-1)]),len(z)
-        x = pipe.vae.decode(z.to(pipe.device, pipe.vae.dtype)/pipe.vae.config.scaling_factor, return_dict=False)[0][:n]
-        res.append(((x.float()/2+.5).clamp(0,1)*255).round().to(torch.uint8).cpu())
-    return torch.cat(res)
+    def one(z):
+        x = pipe.vae.decode(z.to(pipe.device, pipe.vae.dtype)/pipe.vae.config.scaling_factor, return_dict=False)[0]
+        return ((x.float()/2+.5).clamp(0,1)*255).round().to(torch.uint8).cpu()
+    return in_batches(one, latents, batch)
 
 # %% ../nbs/20_pipeline.ipynb #63f2558d
 def generate(

@@ -32,7 +32,9 @@ def run_folder(
     "A folder that this process alone writes to. Raises `FadeError` when it cannot be written, or another run is in it."
     path = Path(path)
     busy = f'Another run is writing to {path}: wait for it, or choose another folder with --out.'
-    with locked(path/'.lock', busy, lambda why: f'Cannot write to the run folder {path} ({why}): choose another with --out.'): yield path
+    with locked(path/'.lock', busy, lambda why: f'Cannot write to the run folder {path} ({why}): choose another with --out.'):
+        for p in path.glob(f'{unfinished}*'): p.unlink() # a killed run's
+        yield path
     (path/'.lock').unlink(missing_ok=True)
 
 # %% ../nbs/80_run.ipynb #97ff792b
@@ -99,14 +101,14 @@ def run(
     "Erase a concept and score it; a finished folder is returned as it is, a half-finished one is finished. Raises `FadeError` for whatever the user can mend."
     target,cs = find_target(target, candidates, superclass, drawn=not model); prompt(target, template); eraser(method)
     done = Path(out)/'metrics.json'
-    if done.exists():
-        m = load_json(done)
+    if m := read_record(out):
         check((m['target'],m['method'])==(target,method), f"{out} is a finished run of {m['method']} for '{m['target']}': choose another folder with --out.")
         say(f'{done} is there: this run is finished. Choose another folder with --out to run again.')
         return m
     check(1<=k<len(set(cs.names)-{target}), f"K is {k}, but there are {len(set(cs.names)-{target})} candidates beside the target: choose K from 1 to {len(set(cs.names)-{target})-1}.")
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     with run_folder(out) as folder:
+        if done.exists() and not read_record(out): set_aside(done, f'{done} is no whole record of a run.')
         pipe = load_pipeline(model, device, dtype)
         recipe = recipe_for(pipe, recipe, method, steps=steps, **changes)
         samples = sum(getattr(recipe,o,0) for o in ('batch','neighbours','anchors'))
@@ -146,10 +148,13 @@ def trained(studio, nb, method, recipe, folder):
     "The edit, attached and on, from the folder or made now, and what making it asked of the U-Net."
     about = json.loads(json.dumps(dict(method=method, target=nb.target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed)))
     parts = [folder/f'{name}.safetensors' for name in ('bank','checkpoint')]
-    if saved:=edit_file(folder):
-        edit = load_edit(studio.pipe, saved)
-        check(all(edit.about.get(k)==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder with --out.')
-        return edit, edit.about['unet']
+    while saved:=edit_file(folder):
+        try:
+            was = about_file(saved)
+            check({'unet','model',*about}<=was.keys(), f'{saved} is no edit that a run made.')
+        except FadeError as e: set_aside(saved, e); continue
+        check(all(was[k]==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder with --out.')
+        return load_edit(studio.pipe, saved), was['unet']
     fresh = not any(p.exists() for p in parts)
     with counting(studio.pipe) as count: edit,history = eraser(method).erase(studio, nb, recipe, studio.seed, folder)
     cost = dict(forwards=count.forwards, backwards=count.backwards) if fresh else dict(forwards=None, backwards=None)
@@ -185,7 +190,7 @@ def run_many(
     desc:str='runs',   # on the progress bar
 )->None:
     "Make every run that is not there. Raises `FadeError` at the end when some failed."
-    todo = [j for j in jobs if not (Path(j['out'])/'metrics.json').exists()]
+    todo = [j for j in jobs if not read_record(j['out'])]
     print(f'{len(jobs)-len(todo)} of {len(jobs)} runs are there, {len(todo)} to make')
     pool = get_context('spawn').Pool(workers, torch.set_num_threads, (max(1,torch.get_num_threads()//workers),)) if workers>1 else None
     try: failed = [r for r in tqdm((pool.imap_unordered if pool else map)(one_run, todo), desc=desc, total=len(todo), unit='run') if r]

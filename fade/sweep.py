@@ -103,7 +103,7 @@ def read_grid(
     "The runs of a grid, none twice. Raises `FadeError` for what is no grid."
     where = 'The grid' if isinstance(grid,dict) else f'The grid {grid}'
     try: spec = grid if isinstance(grid,dict) else yaml.safe_load(Path(grid).read_text(encoding='utf-8'))
-    except (OSError,UnicodeDecodeError,yaml.YAMLError) as e: raise FadeError(f"Cannot read {grid} as YAML ({' '.join(str(e).split())}).") from e
+    except (OSError,ValueError,yaml.YAMLError) as e: raise FadeError(f"Cannot read {grid} as YAML ({' '.join(str(e).split())}).") from e
     sections = dict(shared=dict, grid=dict, runs=list)
     check(isinstance(spec,dict) and spec, f'{where} is empty: write the sections shared, grid and runs, or one of them.')
     for s in spec: check(s in sections, f"{where} has a section '{s}': put parameters below shared, grid or runs.")
@@ -111,6 +111,7 @@ def read_grid(
     check(isinstance(shared,dict) and isinstance(axes,dict), f'{where} needs names and values below shared and grid.')
     check(isinstance(runs,list) and all(isinstance(r,dict) for r in runs), f'{where} needs a list of settings below runs, such as - {{steps: 80, seed: 1}}.')
     for k,v in axes.items(): check(isinstance(v,list) and v, f'{where} crosses {k} with {v!r}: give a list, or put it below shared.')
+    for k in [k for r in (shared,axes,*runs) for k in r]: check(isinstance(k,str), f'{where} has a name {k!r} that is no word: put it in quotes.')
     for r in [shared,*runs]: check(not set(r)&set(axes), f"{where} says {', '.join(sorted(set(r)&set(axes)))} twice: a name below grid can stand nowhere else.")
     rows = [{**shared, **r, **dict(zip(axes,v))} for r in runs or [{}] for v in itertools.product(*axes.values())]
     check(not any('out' in r for r in rows), f'{where} sets out: leave it away, every run gets a folder of its own.')
@@ -182,8 +183,10 @@ def measured_cost(
     out:Path, # a sweep's folder
 )->list[float]: # seconds
     "How long papermill took for each finished run."
-    books = [load_json(p.parent/'notebook.ipynb') for p in sorted(out.glob('*/metrics.json')) if (p.parent/'notebook.ipynb').is_file()]
-    return [s for b in books if (s:=b['metadata'].get('papermill',{}).get('duration'))]
+    def book(path):
+        try: return load_json(path)['metadata'].get('papermill',{})
+        except (FadeError,KeyError,TypeError): return {} # not there, or papermill was killed while it wrote
+    return [s for p in sorted(out.glob('*/metrics.json')) if (s:=book(p.parent/'notebook.ipynb').get('duration'))]
 
 def cost(
     notebook:Path,
@@ -237,7 +240,8 @@ def read_options(
 )->dict:
     "Options from a command line, with the types that YAML gives them. Raises `FadeError` for a word without `=`."
     for w in words: check('=' in w, f"The option '{w}' has no value: write KEY=VALUE, such as timeout_min=120.")
-    return {k:yaml.safe_load(v) for k,v in (w.split('=',1) for w in words)}
+    try: return {k:yaml.safe_load(v) for k,v in (w.split('=',1) for w in words)}
+    except (ValueError,yaml.YAMLError) as e: raise FadeError(f"Cannot read the options {' '.join(words)}: write KEY=VALUE, such as timeout_min=120.") from e
 
 @contextmanager
 def alone(
@@ -320,7 +324,7 @@ def plan(
     check('out' in known, f"The notebook {notebook} has no parameter 'out': declare it, the folder that metrics.json is written to.")
     for r in rows: check_values(r, known, notebook.name)
     rows = [complete(r,known) for r in rows]
-    shown = [k for k in rows[0] if len({json.dumps(r.get(k)) for r in rows})>1]
+    shown = [k for k in rows[0] if len({json.dumps(r.get(k), default=str) for r in rows})>1]
     names = [run_name(r, shown, notebook.stem) for r in rows]
     return {next(out.glob(f'*_{n[-8:]}'), out/n).resolve():r for n,r in zip(names,rows)}
 
@@ -328,6 +332,7 @@ def announce_sweep(notebook, out, runs, todo, workers, say)->dict:
     "Say what will be done and what it will cost; returns what the sweep's folder should remember. Raises `FadeError` in a folder of another notebook."
     code = fingerprint([c['source'] for c in load_json(notebook)['cells'] if c['cell_type']=='code'])
     about = load_json(out/'sweep.json') if (out/'sweep.json').is_file() else dict(schema=1, notebook=notebook.name, code=code)
+    check(isinstance(about,dict) and {'notebook','code'}<=about.keys(), f'{out} holds a sweep.json that is none: choose another folder with --out.')
     check(about['notebook']==notebook.name, f"{out} is a sweep of {about['notebook']}: choose another folder with --out.")
     say(f"{notebook.name}: {len(runs)} run{'s'[:len(runs)>1]}, {len(runs)-len(todo)} finished, in {out}")
     if about['code']!=code: say(f'{notebook.name} has changed since this sweep began: finished runs are kept as they are.')

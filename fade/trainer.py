@@ -169,9 +169,9 @@ def kept_bank(build, folder, about):
     if file and file.exists():
         try:
             bank,meta = load_tensors(file)
-            if meta['about']==about: return bank,meta['prompts']
-        except (FadeError,KeyError,TypeError) as e:
-            file.replace(file.with_suffix('.set-aside')); warnings.warn(f'{e} It was set aside and is made again.')
+            check(isinstance(meta,dict) and meta.get('about')==about and 'prompts' in meta, f'The bank {file} belongs to another run.')
+            return bank,meta['prompts']
+        except FadeError as e: set_aside(file, e)
     bank,prompts = build()
     if file: save_tensors(file, bank, dict(about=about, prompts=prompts))
     return bank,prompts

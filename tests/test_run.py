@@ -1,6 +1,7 @@
 """What a run promises: it can be killed anywhere and goes on to the same bits, and damaged files are named and made again."""
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -43,6 +44,34 @@ def test_killed_and_resumed(whole, tmp_path, after):
     a, b = load_file(folder / "mesh.safetensors"), load_file(tmp_path / "run" / "mesh.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
     assert same(metrics, load_json(tmp_path / "run" / "metrics.json"))
+
+
+many = """from fade.run import run_many
+if __name__ == "__main__": run_many([dict(target="hooded owl", out=f"OUT/{m}", method=m, steps=s, n=1) for m, s in (("spm", 3), ("fade", 6))])"""
+
+
+def test_killed_at_random(tmp_path):
+    "Two methods one after the other, killed twice at moments that nobody chose; FADE_KILLS repeats them."
+    seed = os.environ.get("FADE_KILLS") or str(time.time_ns())
+    print("FADE_KILLS =", seed)
+    draw, env = random.Random(seed), dict(os.environ, FADE_CACHE=str(tmp_path / "cache"))
+    def start(out, env): return subprocess.Popen([sys.executable, "-c", many.replace("OUT", str(tmp_path / out))], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(2):
+        process = start("killed", env)
+        try: process.wait(draw.uniform(3, 20))
+        except subprocess.TimeoutExpired: process.kill()
+        process.communicate()
+    for out, e in (("killed", env), ("whole", None)):
+        process = start(out, e)
+        err = process.communicate()[1]
+        assert process.returncode == 0, err
+    for method in ("spm", "fade"):
+        a, b = (load_file(tmp_path / out / method / "mesh.safetensors") for out in ("whole", "killed"))
+        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+        x, y = (load_json(tmp_path / out / method / "metrics.json") for out in ("whole", "killed"))
+        assert same(x, y)
+        x, y = (load_json(tmp_path / out / method / "neighborhood.json") for out in ("whole", "killed"))
+        assert x == y
 
 
 def test_the_record_keeps_its_contract(whole):

@@ -1,0 +1,143 @@
+"""What a full disk, a torn file or somebody else's file does: one sentence, and nothing is damaged or read by halves."""
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fade.cli import main
+from fade.core import FadeError, data_path, load_json, load_tensors, save_json, save_tensors
+from fade.eraser import recipe_for
+from fade.neighborhood import Studio, neighborhood
+from fade.pipeline import Sampler, generate, load_pipeline
+from fade.run import run, trained
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A short run that nobody disturbed."
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run("hooded owl", folder, method="uce", say=lambda line: None, n=1)
+
+
+@pytest.mark.parametrize("write", [
+    "save_json(path, list(range(100_000)))",
+    "save_tensors(path, dict(x=torch.zeros(100_000)))",
+    "attach(load_pipeline(), rank=8).save(path)",
+])
+def test_a_full_disk(write, tmp_path):
+    path = tmp_path / "file.safetensors"
+    path.write_text("old")
+    code = f"""import resource, signal, torch
+from fade.core import *; from fade.mesh import attach; from fade.pipeline import load_pipeline
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+path = {str(path)!r}
+try: {write}
+except FadeError as e: print(e)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Cannot write" in done.stdout and "free some space" in done.stdout, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FadeError, match="choose another folder"): save_json(tmp_path / "file" / "x.json", 1)
+    monkeypatch.setenv("FADE_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["erase", "hooded owl", "--out", str(tmp_path / "run")]) == 2
+    err = capsys.readouterr().err
+    assert "FADE_CACHE" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("damage", ["torn", "foreign"])
+def test_a_damaged_run_folder_is_mended(whole, tmp_path, damage):
+    folder, metrics = whole
+    for name in ("metrics.json", "edit.safetensors", "neighborhood.json"):
+        path, good = tmp_path / name, (folder / name).read_bytes()
+        if damage == "torn": path.write_bytes(good[:len(good) // 2])
+        elif name.endswith("json"): path.write_text("[1]")
+        else: save_tensors(path, dict(x=torch.ones(2)), dict(mine=True))
+    (tmp_path / ".part-abc.json").write_text("a killed run's")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        again = run("hooded owl", tmp_path, method="uce", say=lambda line: None, n=1)
+    for name in ("metrics.json", "edit.safetensors"):
+        assert any(name in str(w.message) and "set aside" in str(w.message) for w in seen) and (tmp_path / name).with_suffix(".set-aside").exists()
+    drop = ("seconds", "peak_memory_bytes", "versions", "unet")
+    assert {k: v for k, v in again.items() if k not in drop} == {k: v for k, v in metrics.items() if k not in drop}
+    a, b = (load_tensors(f / "edit.safetensors")[0] for f in (folder, tmp_path))
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    assert load_json(tmp_path / "neighborhood.json") == load_json(folder / "neighborhood.json") and not list(tmp_path.glob(".part-*"))
+
+
+def test_a_damaged_training_is_begun_again(tmp_path):
+    for name in ("bank", "checkpoint"): (tmp_path / f"{name}.safetensors").write_bytes(b"torn")
+    studio = Studio(load_pipeline())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        trained(studio, neighborhood(studio, "hooded owl"), "fade", recipe_for(studio.pipe, steps=2), tmp_path)
+    assert all(any(f"{name}.set-aside" in str(w.message) for w in seen) for name in ("bank", "checkpoint"))
+
+
+def test_damaged_results_that_ship_are_left_alone(tmp_path):
+    studio = Studio(load_pipeline())
+    studio.folder = tmp_path
+    (tmp_path / "untouched.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="left alone"): assert len(studio.recall("nothing", "hooded owl", "nobody")) == 0
+    assert (tmp_path / "untouched.safetensors").read_bytes() == b"torn"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "{}"])
+def test_an_unfinished_record_is_no_run(content, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text(content)
+    for words in (["evaluate", str(tmp_path)], ["generate", str(tmp_path), "--prompt", "a dog"]):
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert "no finished run" in err and len(err.splitlines()) == 1
+
+
+def test_nothing_here_reads_a_pickle():
+    for path in Path(data_path()).parent.joinpath("fade").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"torch\.load\b|torch\.save\b|\bimport (?:pickle|joblib|shelve|dill)|pickle\.load|allow_pickle", text), path
+        for call in re.findall(r"(?:StableDiffusionPipeline|\w+Model|\w+Classification|AutoencoderKL)\.from_pretrained\(.*", text):
+            assert "use_safetensors=True" in call or 'from_pretrained("{base}")' in call, (path, call)
+
+
+def test_a_model_of_pickles_is_refused(tmp_path):
+    from fade.features import Phi
+    from fade.judge import Judge
+    for part, load in dict(unet=load_pipeline, clip=Phi, judge=Judge).items():
+        model = tmp_path / part
+        shutil.copytree(data_path("miniature") if part == "unet" else data_path("miniature", part), model)
+        (weights,) = (model / part if part == "unet" else model).glob("*.safetensors")
+        torch.save(load_tensors(weights)[0], weights.with_name(("diffusion_pytorch_model" if part == "unet" else "pytorch_model") + ".bin"))
+        weights.unlink()
+        with pytest.raises(FadeError, match="convert them"): load(model)
+
+
+def test_the_number_of_images_changes_no_bit(tmp_path, monkeypatch):
+    "Neither of those that are made together, nor of what is already remembered."
+    pipe, sampler = load_pipeline(), Sampler(4, 8.)
+    prompts = ["a photo of a hooded owl", "a photo of a crimson daisy", "a dog"]
+    one, three = generate(pipe, prompts[:1], [5], sampler), generate(pipe, prompts, [5, 6, 7], sampler)
+    assert one[0].equal(three[0])
+    made = []
+    for numbers in ((1, 2, 7), (7,)):
+        monkeypatch.setenv("FADE_CACHE", str(tmp_path / str(len(numbers))))
+        studio = Studio(pipe, sampler)
+        for n in numbers: res = studio.features("bits", ["hooded owl", "ivory spitz"][:1 + (n > 1)], n)
+        made.append(res)
+    assert all(made[0][c].equal(made[1][c]) for c in made[1])
+
+
+def test_generate_makes_the_same_images_for_any_number(whole, tmp_path):
+    files = []
+    for n in (1, 3):
+        folder = shutil.copytree(whole[0], tmp_path / str(n))
+        assert main(["generate", str(folder), "--prompt", "a hooded owl", "--n", str(n), "--seed", "4"]) == 0
+        files.append((folder / "images" / "a-hooded-owl-4.png").read_bytes())
+    assert files[0] == files[1]
