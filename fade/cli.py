@@ -71,7 +71,7 @@ def parser()->argparse.ArgumentParser:
 def slug(name:str)->str:
     "A folder's name for a concept: letters and digits, at most 60 characters, with a hash where anything was lost."
     plain = '-'.join(''.join(c if c.isalnum() else ' ' for c in name).split())
-    return plain if plain.replace('-',' ')==name and len(plain)<=60 else f'{plain[:50]}-{fingerprint(name)[:8]}'.lstrip('-')
+    return plain if plain and plain.replace('-',' ')==name and len(plain)<=60 else f'{plain[:50]}-{fingerprint(name)[:8]}'.lstrip('-')
 
 def do_erase(a)->None:
     from fade.run import run

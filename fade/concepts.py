@@ -71,7 +71,7 @@ def read_names(
     path = Path(path)
     try: lines = path.read_text(encoding='utf-8-sig').splitlines()
     except (OSError,UnicodeDecodeError) as e: raise FadeError(f'Cannot read the list of candidates {path} ({e}): give a text file with one name a line.') from e
-    names = tuple(dict.fromkeys(clean_name(o) for o in lines if o.strip()))
+    names = tuple(dict.fromkeys(clean_name(o) for o in lines if re.search(r'[^\s_\ufeff]', o)))
     check(names, f'The list of candidates {path} is empty: write one name a line.')
     return ConceptSet(path.stem, names, superclass)
 

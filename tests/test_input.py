@@ -1,11 +1,12 @@
 """Whatever is typed: what can be used is used, and the rest gets one sentence, exit code 2, and no file outside the run folder."""
-import os
 import tempfile
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings, strategies as st
+from nbformat.v4 import new_code_cell, new_notebook
 
 import fade.run
 from fade.cli import main, slug
@@ -51,7 +52,7 @@ def test_names_lists_and_k(place, capsys, name, others, k, end, bom):
     lines = ["barn owl", "snowy owl", "barn owl", "", *others]
     text = end.join(o.encode("utf-8", "ignore").decode().replace("\0", "") for o in lines)
     (place / "mine.txt").write_bytes(("\ufeff" * bom + text).encode())
-    err = said(capsys, "erase", f"--candidates=mine.txt", f"--k={k}", "--", name)
+    err = said(capsys, "erase", "--candidates=mine.txt", f"--k={k}", "--", name)
     if not usable(name): assert "concept" in err
     else:
         rest = {o.lower() for o in read_names("mine.txt").names} - {clean_name(name).lower()}
@@ -100,8 +101,6 @@ def test_grids(spec, text):
         grid = Path(folder) / "grid.yaml"
         grid.write_text(text if text is not None else yaml.safe_dump(spec), encoding="utf-8", newline="")
         known = "x: int = 0\nword: str = ''\nout: str = ''"
-        import nbformat
-        from nbformat.v4 import new_code_cell, new_notebook
         nbformat.write(new_notebook(cells=[new_code_cell(known, metadata=dict(tags=["parameters"]))]), Path(folder) / "n.ipynb")
         try: runs = plan(Path(folder) / "n.ipynb", grid, Path(folder) / "out")
         except FadeError as e: assert str(e) and not (Path(folder) / "out").exists()
