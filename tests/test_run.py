@@ -32,11 +32,19 @@ def same(a, b):
     return {k: v for k, v in a.items() if k not in drop} == {k: v for k, v in b.items() if k not in drop}
 
 
-@pytest.mark.parametrize("after", [6, 11, 17])
-def test_killed_and_resumed(whole, tmp_path, after):
+def moment(low, high):
+    "Seconds after which to kill, which nobody chose; FADE_KILL repeats them."
+    seed = os.environ.get("FADE_KILL") or str(time.time_ns())
+    res = random.Random(seed).uniform(low, high)
+    print(f"killed after {res:.1f} s, FADE_KILL={seed}")
+    return res
+
+
+@pytest.mark.parametrize("low, high", [(4, 8), (8, 14), (14, 20)])
+def test_killed_and_resumed(whole, tmp_path, low, high):
     env = dict(os.environ, FADE_CACHE=str(tmp_path / "cache"))
     process = subprocess.Popen(command + [str(tmp_path / "run")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(after)
+    time.sleep(moment(low, high))
     process.send_signal(signal.SIGKILL)
     process.wait()
     subprocess.run(command + [str(tmp_path / "run")], env=env, check=True, capture_output=True)
@@ -46,31 +54,26 @@ def test_killed_and_resumed(whole, tmp_path, after):
     assert same(metrics, load_json(tmp_path / "run" / "metrics.json"))
 
 
-many = """from fade.run import run_many
-if __name__ == "__main__": run_many([dict(target="hooded owl", out=f"OUT/{m}", method=m, steps=s, n=1) for m, s in (("spm", 3), ("fade", 6))])"""
+many = 'from fade.run import run_many; run_many([dict(target="hooded owl", out="OUT", method="spm", steps=3, n=1)])'
 
 
-def test_killed_at_random(tmp_path):
-    "Two methods one after the other, killed at a moment that nobody chose; FADE_KILL repeats it."
-    seed = os.environ.get("FADE_KILL") or str(time.time_ns())
-    print("FADE_KILL =", seed)
+def test_a_peer_in_run_many_killed_and_resumed(tmp_path):
     env = dict(os.environ, FADE_CACHE=str(tmp_path / "cache"))
     def start(out, env): return subprocess.Popen([sys.executable, "-c", many.replace("OUT", str(tmp_path / out))], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     process = start("killed", env)
-    try: process.wait(random.Random(seed).uniform(4, 40))
+    try: process.wait(moment(4, 25))
     except subprocess.TimeoutExpired: process.kill()
     process.communicate()
     for out, e in (("killed", env), ("whole", None)):
         process = start(out, e)
         err = process.communicate()[1]
         assert process.returncode == 0, err
-    for method in ("spm", "fade"):
-        a, b = (load_file(tmp_path / out / method / "mesh.safetensors") for out in ("whole", "killed"))
-        assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-        x, y = (load_json(tmp_path / out / method / "metrics.json") for out in ("whole", "killed"))
-        assert same(x, y)
-        x, y = (load_json(tmp_path / out / method / "neighborhood.json") for out in ("whole", "killed"))
-        assert x == y
+    a, b = (load_file(tmp_path / out / "mesh.safetensors") for out in ("whole", "killed"))
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    x, y = (load_json(tmp_path / out / "metrics.json") for out in ("whole", "killed"))
+    assert same(x, y)
+    x, y = (load_json(tmp_path / out / "neighborhood.json") for out in ("whole", "killed"))
+    assert x == y
 
 
 def test_the_record_keeps_its_contract(whole):
