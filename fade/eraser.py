@@ -49,6 +49,11 @@ class Settings:
         self.at_least(1, 'batch')
         self.one_of('schedule', schedules)
 
+    @property
+    def samples(self)->int:
+        "Samples of a step that have a gradient."
+        return self.batch
+
     def at_least(self, least, *names):
         "Raise `FadeError` when a field is smaller."
         for n in names: check(getattr(self,n)>=least, f'The recipe has {n}={getattr(self,n)}: give at least {least}.')
@@ -60,7 +65,7 @@ class Settings:
 # %% ../nbs/45_eraser.ipynb #28fb59e2
 def recipe_for(
     pipe,
-    name:str='',        # a recipe's name; the model's recommended one when empty
+    name:str='',        # a recipe's name; `authors` for the method's first; the model's recommended one when empty
     method:str='fade',  # from `erasers()`
     **changes,          # fields that should differ
 ):                      # the method's `Recipe`
@@ -68,7 +73,8 @@ def recipe_for(
     module = eraser(method)
     own = settings_for(pipe).get('methods',{}).get(method,{})
     recipes = merged(module.recipes, own.get('recipes',{}))
-    name = name or own.get('recipe') or next(iter(recipes))
+    name = name or own.get('recipe')
+    if name in (None,'','authors'): name = next(iter(recipes))
     check(name in recipes, f"There is no recipe '{name}' of {method}: choose one of {', '.join(recipes)}.")
     values = {'name':name, **recipes[name], **{k:v for k,v in changes.items() if v is not None}}
     known = [f.name for f in fields(module.Recipe)]

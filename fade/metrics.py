@@ -60,11 +60,12 @@ def frechet(
 def judge_for(
     studio:Studio,
     nb:Neighborhood,
-    source:str|Path='', # a judge's folder or hub id; the model's own when empty
+    source:str|Path='', # a judge's folder or hub id, with {} for the concept set; the model's own when empty
     say=print,          # what to do with the line that says that CLIP judges
 ):
     "The judge of a run: the one asked for, or else the model's own where it knows all concepts, or else CLIP. Raises `FadeError` when the one asked for does not know them."
     concepts,why = [nb.target]+nb.names+nb.unrelated(seed=studio.seed),'the model names no judge'
+    source = str(source or '').replace('{}', nb.source)
     if own:=source or settings_for(studio.pipe)['judge']:
         judge = Judge(own, studio.pipe.device)
         unknown = [c for c in concepts if c not in judge.names]

@@ -128,6 +128,11 @@ class Sampler:
     scheduler:str=''           # a diffusers scheduler class; the pipeline's own when empty
     batch:int=32               # images at a time; part of what fixes the last bits
 
+    @property
+    def forwards(self)->int:
+        "Sample-forwards of the U-Net that an image takes."
+        return self.steps*(1 if self.guidance_scale==1 else 2)
+
     def new(self, pipe):
         "A fresh scheduler, ready to step."
         cls = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)

@@ -46,7 +46,7 @@ def expected_forwards(
     edited:int,      # images of the edited model
 )->dict:             # sample-forwards by stage; a backward counts as two forwards
     "How many sample-forwards of the U-Net a run takes."
-    image = sampler.steps*(1 if sampler.guidance_scale==1 else 2)
+    image = sampler.forwards
     return {'images of the untouched model':image*near, **recipe.forwards(image, k), 'images of the edited model':image*edited}
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def run(
     superclass:str='',         # what all candidates are
     short:bool=False,          # measure a shortlist of the candidates only
     device:str='', dtype:str='float32',
-    judge:str|Path='',         # a judge's folder or hub id; the model's own when empty, else CLIP
+    judge:str|Path='',         # a judge's folder or hub id, with {} for the concept set; the model's own when empty, else CLIP
     say=print,                 # what to do with lines meant to be read
     **changes,                 # other fields of the recipe that should differ
 )->dict:                       # the record, as in `metrics.json`
@@ -111,8 +111,7 @@ def run(
         if done.exists() and not read_record(out): set_aside(done, f'{done} is no whole record of a run.')
         pipe = load_pipeline(model, device, dtype)
         recipe = recipe_for(pipe, recipe, method, steps=steps, **changes)
-        samples = sum(getattr(recipe,o,0) for o in ('batch','neighbours','anchors'))
-        studio = Studio(pipe, fitted(pipe, samples, say), template, seed=seed)
+        studio = Studio(pipe, fitted(pipe, recipe.samples, say), template, seed=seed)
         if judge: judge_for(studio, Neighborhood(target, [c for c in cs.names if c!=target], [], k, cs.name), judge)
         return stages(studio, folder, target, candidates, k, method, recipe, n, superclass, short, cs, judge, say)
 

@@ -129,7 +129,7 @@ def room(one:int, two:int, free:float)->int:
 def fit_memory(
     pipe,
     resolution:int,     # pixels a side
-    samples:int=0,      # of a training step, `batch+neighbours+anchors`; 0 when only images are made
+    samples:int=0,      # of a training step, a recipe's `samples`; 0 when only images are made
     tiling:bool=False,  # let the VAE decode in tiles
     free:int=None,      # bytes; what is free on the pipeline's device when left out
     spare:float=.4,     # share of it that is left alone
@@ -290,7 +290,7 @@ def run_costs(
     image,r = 2*steps,recipe
     stages = {'neighbourhood':((candidates+1)*m*image, flops[size])}
     if r.form=='paper':
-        stages |= {'frozen bank':(r.forwards(image,k)['frozen predictions'], flops[size]), 'training':(2*r.steps*(r.batch+r.neighbours+r.anchors), flops[size])}
+        stages |= {'frozen bank':(r.forwards(image,k)['frozen predictions'], flops[size]), 'training':(2*r.steps*r.samples, flops[size])}
     else:
         each_size = sum(flops[size*o//8] for o in (4,5,6,7))/4
         prompts = 4+k                                       # the target's name, three of its prompts, the neighbours

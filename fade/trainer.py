@@ -6,7 +6,6 @@
 __all__ = ['recipes', 'Recipe', 'draws', 'frozen', 'build_bank', 'paper_loss', 'released_loss', 'kept_bank', 'erase']
 
 # %% ../nbs/50_trainer.ipynb #f0f6d1e9
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -47,12 +46,14 @@ class Recipe(Settings):
         self.at_least(1, 'rank', 'steps', 'neighbours', 'images', 'trajectory')
         self.one_of('form', ('paper','released')); self.one_of('unit', ('relative','absolute'))
 
+    @property
+    def samples(self)->int: return self.batch+self.neighbours+self.anchors
+
     def forwards(self, image:int, k:int)->dict[str,int]:
         "Sample-forwards by stage; a backward counts as two."
         if self.form=='released': return {'training':self.steps*self.batch*round((k+4)*self.trajectory+k+4+3*(k+1))}
-        keep = self.neighbours+self.anchors
-        bank = round(self.steps*self.batch/self.reuse)*(min(self.asked or k,k)+2)+round(self.steps*keep/self.reuse)
-        return {'images to train on':image*self.images*(k+1), 'frozen predictions':bank, 'training':3*self.steps*(self.batch+keep)}
+        bank = round(self.steps*self.batch/self.reuse)*(min(self.asked or k,k)+2)+round(self.steps*(self.neighbours+self.anchors)/self.reuse)
+        return {'images to train on':image*self.images*(k+1), 'frozen predictions':bank, 'training':3*self.steps*self.samples}
 
 # %% ../nbs/50_trainer.ipynb #5af06d20
 recipes = dict(

@@ -45,10 +45,13 @@ class Recipe(Settings):
         check(self.empty<=self.anchors, f'The recipe has empty={self.empty} of anchors={self.anchors}: give at most as many.')
         check(self.sizes and all(isinstance(o,int) and o>0 for o in self.sizes), f'The recipe has sizes={self.sizes}: give whole numbers, 8 for the size of the model.')
 
+    @property
+    def samples(self)->int: return self.batch+self.anchors
+
     def forwards(self, image:int, k:int)->dict[str,int]:
         "Sample-forwards by stage; a backward counts as two."
         walk = self.batch*self.trajectory//2*(1 if self.scale==1 else 2)
-        return {'walks':self.steps*walk, 'frozen predictions':self.steps*(2*self.batch+self.anchors), 'training':3*self.steps*(self.batch+self.anchors)}
+        return {'walks':self.steps*walk, 'frozen predictions':self.steps*(2*self.batch+self.anchors), 'training':3*self.steps*self.samples}
 
 # %% ../../nbs/55_spm.ipynb #ed66ed5a
 in_diffusers = 'Plain diffusers loads the paths without the gate that asks how near a prompt is to the concept: they are at full strength for every prompt, and the scores above are not those of this program.' # for a shared folder
