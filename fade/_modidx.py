@@ -444,6 +444,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'fade.sweep.work_off': ('sweep.html#work_off', 'fade/sweep.py')},
             'fade.trainer': { 'fade.trainer.Recipe': ('trainer.html#recipe', 'fade/trainer.py'),
                               'fade.trainer.Recipe.__post_init__': ('trainer.html#recipe.__post_init__', 'fade/trainer.py'),
+                              'fade.trainer.Recipe.drawn': ('trainer.html#recipe.drawn', 'fade/trainer.py'),
                               'fade.trainer.Recipe.forwards': ('trainer.html#recipe.forwards', 'fade/trainer.py'),
                               'fade.trainer.Recipe.samples': ('trainer.html#recipe.samples', 'fade/trainer.py'),
                               'fade.trainer.build_bank': ('trainer.html#build_bank', 'fade/trainer.py'),

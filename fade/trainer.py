@@ -49,10 +49,14 @@ class Recipe(Settings):
     @property
     def samples(self)->int: return self.batch+self.neighbours+self.anchors
 
+    def drawn(self, each:int)->int:
+        "How many draws serve `each` a step, used `reuse` times; at least one where any is wanted."
+        return max(min(1,each), round(self.steps*each/self.reuse))
+
     def forwards(self, image:int, k:int)->dict[str,int]:
         "Sample-forwards by stage; a backward counts as two."
         if self.form=='released': return {'training':self.steps*self.batch*round((k+4)*self.trajectory+k+4+3*(k+1))}
-        bank = round(self.steps*self.batch/self.reuse)*(min(self.asked or k,k)+2)+round(self.steps*(self.neighbours+self.anchors)/self.reuse)
+        bank = self.drawn(self.batch)*(min(self.asked or k,k)+2)+self.drawn(self.neighbours)+self.drawn(self.anchors)
         return {'images to train on':image*self.images*(k+1), 'frozen predictions':bank, 'training':3*self.steps*self.samples}
 
 # %% ../nbs/50_trainer.ipynb #5af06d20
@@ -96,7 +100,7 @@ def build_bank(
     "Draws with what the frozen model says of them, for the losses in the paper's form."
     pipe,batch = studio.pipe,studio.sampler.batch
     z = studio.latents('neighborhood', [nb.target]+nb.neighbours, recipe.images)
-    n,k,a = (round(recipe.steps*o/recipe.reuse) for o in (recipe.batch,recipe.neighbours,recipe.anchors))
+    n,k,a = map(recipe.drawn, (recipe.batch,recipe.neighbours,recipe.anchors))
     g = generator('training',seed)
     sentences = [templates[i] for i in torch.randint(len(templates), (n+k+a,), generator=g)]
     x,t = draws(pipe, z[nb.target][torch.randint(recipe.images, (n,), generator=g)], g)

@@ -37,9 +37,9 @@ def place(tmp_path):
 
 
 def start(place, *words, grid="four.yaml"):
-    "The command line in a process group of its own."
-    return subprocess.Popen([command, "sweep", "square.ipynb", grid, *words], cwd=place, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    "The command line in a process group of its own, which hears an interrupt also where the tests themselves run behind a shell's `&`."
+    return subprocess.Popen([command, "sweep", "square.ipynb", grid, *words], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def sweep(place, *words, grid="four.yaml"):
