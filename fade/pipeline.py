@@ -156,7 +156,7 @@ def guided(
 )->torch.Tensor:       # `(n,4,h,w)`
     "$\\varepsilon(\\varnothing)+s\\,(\\varepsilon(c)-\\varepsilon(\\varnothing))$: classifier-free guidance."
     if scale==1: return predict_noise(pipe, x, t, embeds)
-    off,on = predict_noise(pipe, torch.cat([x,x]), t, torch.cat([null.expand_as(embeds), embeds])).chunk(2)
+    off,on = (predict_noise(pipe, x, t, c) for c in (null.expand_as(embeds), embeds))
     return off+scale*(on-off)
 
 # %% ../nbs/20_pipeline.ipynb #a68a6a6c

@@ -85,7 +85,7 @@ class Whole(nn.Module):
 def cost(
     pipe,
     size:int,         # pixels a side
-    samples:int=1,    # that the U-Net is asked for at once; guidance needs two an image
+    samples:int=1,    # that the U-Net is asked for at once
     train:bool=False, # with the backward pass, for what requires a gradient now
 )->dict:              # `flops`, and `bytes` beside the weights at the peak
     "What the U-Net asks for, by its shapes: with the attention and the adapters it has now, and nothing computed."
@@ -137,11 +137,11 @@ def fit_memory(
     "Set the switches for a memory; says what it did and how much fits at a time, by an estimate. Raises `FadeError` when one image does not fit."
     unet,free = pipe.unet,free_memory(pipe.device) if free is None else free
     usable,did = free*(1-spare),[]
-    def pairs(): return [cost(pipe, resolution, 2*n)['bytes'] for n in (1,2)]
-    kept,need = dict(unet.attn_processors),pairs()
+    def images(): return [cost(pipe, resolution, n)['bytes'] for n in (1,2)]
+    kept,need = dict(unet.attn_processors),images()
     if need[0]>usable:
         pipe.enable_attention_slicing()
-        sliced = pairs()
+        sliced = images()
         if sliced[0]<=usable: need = sliced; did.append('attention slicing on')
         else: unet.set_attn_processor(kept)
     check(need[0]<=usable, f'One image of {resolution} pixels needs {need[0]/1e9:.2f} GB beside the weights, and {usable/1e9:.2f} GB can be used: choose a smaller resolution or another device.')
