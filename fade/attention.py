@@ -8,7 +8,6 @@ __all__ = ['token_positions', 'attending']
 # %% ../nbs/44_attention.ipynb #969edfa1
 import re
 from contextlib import contextmanager
-import torch
 from diffusers.models.attention_processor import Attention
 from .core import *
 

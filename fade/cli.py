@@ -118,6 +118,7 @@ def do_generate(a)->None:
         with whole_file(path) as f: image.save(f)
         print(path)
 
+# %% ../nbs/90_cli.ipynb #c1f2912a
 def do_sweep(a)->int:
     from fade.sweep import read_options, sweep
     return int(bool(sweep(a.notebook, a.grid, a.out, a.workers, a.executor, a.dry_run, read_options(a.options))['failed']))

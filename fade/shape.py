@@ -24,7 +24,6 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from .core import *
 from .pipeline import *
 from .mesh import attach
-from .eraser import recipe_for
 from .trainer import Recipe
 from . import losses
 
@@ -126,6 +125,7 @@ def room(one:int, two:int, free:float)->int:
     "How many fit, when one needs `one` bytes and two need `two`."
     return int(max(0, (free-one)//max(1,two-one)+1))
 
+# %% ../nbs/22_shape.ipynb #1f6b6e28
 def fit_memory(
     pipe,
     resolution:int,     # pixels a side
