@@ -36,7 +36,8 @@ class Recipe(Settings):
     neighbours:int=8             # neighbour draws a step (`paper`); the released form takes all K
     anchors:int=4                # draws a step that hold far prompts in place (`paper`); 0 is the paper's letter
     asked:int=2                  # neighbours whose frozen predictions a target draw is compared with (`paper`); 0 for all K
-    reuse:float=8.               # how often a draw with its frozen predictions is used (`paper`)
+    reuse:float=4.               # how often a draw of the target with its frozen predictions is used (`paper`)
+    reuse_held:float=16.         # how often a draw of what is held in place is (`paper`)
     images:int=25                # images of each concept that latents are drawn from (`paper`)
     trajectory:int=30            # DDIM steps of a full trajectory (`released`)
     scale:float=3.               # its guidance scale (`released`)
@@ -49,15 +50,16 @@ class Recipe(Settings):
     @property
     def samples(self)->int: return self.batch+self.neighbours+self.anchors
 
-    def drawn(self, each:int)->int:
-        "How many draws serve `each` a step, used `reuse` times; at least one where any is wanted."
-        return max(min(1,each), round(self.steps*each/self.reuse))
+    @property
+    def drawn(self)->tuple[int,int,int]:
+        "How many draws of target, neighbours and anchors there are; at least one where any is wanted."
+        return tuple(max(min(1,each), round(self.steps*each/reuse)) for each,reuse in ((self.batch,self.reuse),(self.neighbours,self.reuse_held),(self.anchors,self.reuse_held)))
 
     def forwards(self, image:int, k:int)->dict[str,int]:
         "Sample-forwards by stage; a backward counts as two."
         if self.form=='released': return {'training':self.steps*self.batch*round((k+4)*self.trajectory+k+4+3*(k+1))}
-        bank = self.drawn(self.batch)*(min(self.asked or k,k)+2)+self.drawn(self.neighbours)+self.drawn(self.anchors)
-        return {'images to train on':image*self.images*(k+1), 'frozen predictions':bank, 'training':3*self.steps*self.samples}
+        target,*held = self.drawn
+        return {'images to train on':image*self.images*(k+1), 'frozen predictions':target*(min(self.asked or k,k)+2)+sum(held), 'training':3*self.steps*self.samples}
 
 # %% ../nbs/50_trainer.ipynb #5af06d20
 recipes = dict(
@@ -70,9 +72,9 @@ def draws(
     latents:torch.Tensor, # one image a draw, `(n,4,h,w)`
     g:torch.Generator,    # of noise and timesteps
 )->tuple[torch.Tensor,torch.Tensor]: # noisy latents `(n,4,h,w)` and timesteps `(n,)`
-    "Each image with noise of its own, at a timestep of its own."
+    "Each image with noise of its own; timesteps are uniform, and draws that follow one another lie far apart."
     levels = signal_levels(pipe).cpu()
-    t = torch.randint(len(levels), (len(latents),), generator=g)
+    t = ((torch.rand(1, generator=g)+torch.arange(len(latents))*.618034)%1*len(levels)).long()
     return add_noise(latents, torch.randn(latents.shape, generator=g), levels[t]), t
 
 # %% ../nbs/50_trainer.ipynb #6832a334
@@ -100,7 +102,7 @@ def build_bank(
     "Draws with what the frozen model says of them, for the losses in the paper's form."
     pipe,batch = studio.pipe,studio.sampler.batch
     z = studio.latents('neighborhood', [nb.target]+nb.neighbours, recipe.images)
-    n,k,a = map(recipe.drawn, (recipe.batch,recipe.neighbours,recipe.anchors))
+    n,k,a = recipe.drawn
     g = generator('training',seed)
     sentences = [templates[i] for i in torch.randint(len(templates), (n+k+a,), generator=g)]
     x,t = draws(pipe, z[nb.target][torch.randint(recipe.images, (n,), generator=g)], g)

@@ -54,6 +54,15 @@ def test_killed_and_resumed(whole, tmp_path, low, high):
     assert same(metrics, load_json(tmp_path / "run" / "metrics.json"))
 
 
+def test_a_second_process_leaves(tmp_path):
+    first = subprocess.Popen(command + [str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        while not (tmp_path / "neighborhood.json").exists(): time.sleep(.1); assert first.poll() is None
+        second = subprocess.run(command + [str(tmp_path)], capture_output=True, text=True)
+        assert second.returncode == 2 and "Another run is writing" in second.stderr and first.poll() is None
+    finally: first.kill(); first.communicate()
+
+
 many = 'from fade.run import run_many; run_many([dict(target="hooded owl", out="OUT", method="spm", steps=3, n=1)])'
 
 
