@@ -44,7 +44,7 @@ class Recipe(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.at_least(1, 'rank', 'steps', 'neighbours', 'images', 'trajectory')
+        self.at_least(1, 'rank', 'steps', 'neighbours', 'images', 'trajectory', 'reuse', 'reuse_held')
         self.one_of('form', ('paper','released')); self.one_of('unit', ('relative','absolute'))
 
     @property
