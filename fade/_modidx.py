@@ -342,6 +342,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'fade.run.run_folder': ('run.html#run_folder', 'fade/run.py'),
                           'fade.run.run_many': ('run.html#run_many', 'fade/run.py'),
                           'fade.run.seconds_a_forward': ('run.html#seconds_a_forward', 'fade/run.py'),
+                          'fade.run.settled': ('run.html#settled', 'fade/run.py'),
                           'fade.run.stages': ('run.html#stages', 'fade/run.py'),
                           'fade.run.trained': ('run.html#trained', 'fade/run.py'),
                           'fade.run.versions': ('run.html#versions', 'fade/run.py')},

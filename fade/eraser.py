@@ -64,8 +64,8 @@ class Settings:
 
 # %% ../nbs/45_eraser.ipynb #28fb59e2
 def recipe_for(
-    pipe,
-    name:str='',        # a recipe's name; `authors` for the method's first; the model's recommended one when empty
+    pipe,               # a pipeline, or its folder or hub id
+    name:str='',        # a recipe's name; `authors` for what its authors use; the model's recommended one when empty
     method:str='fade',  # from `erasers()`
     **changes,          # fields that should differ
 ):                      # the method's `Recipe`
@@ -74,7 +74,8 @@ def recipe_for(
     own = settings_for(pipe).get('methods',{}).get(method,{})
     recipes = merged(module.recipes, own.get('recipes',{}))
     name = name or own.get('recipe')
-    if name in (None,'','authors'): name = next(iter(recipes))
+    first = next(iter(recipes))
+    name = getattr(module,'authors',first) if name=='authors' else name or first
     check(name in recipes, f"There is no recipe '{name}' of {method}: choose one of {', '.join(recipes)}.")
     values = {'name':name, **recipes[name], **{k:v for k,v in changes.items() if v is not None}}
     known = [f.name for f in fields(module.Recipe)]

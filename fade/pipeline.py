@@ -54,11 +54,11 @@ def merged(
 
 # %% ../nbs/20_pipeline.ipynb #d4314dff
 def settings_for(
-    pipe, # a pipeline
+    pipe, # a pipeline, or its folder or hub id
 )->dict:  # `phi`, `judge`, `sampler`, and recipes by method
     "What the pipeline's own folder recommends, over the values for SD v1.4."
     base = yaml.safe_load(data_path('defaults.yaml').read_text(encoding='utf-8'))
-    folder = Path(getattr(pipe,'name_or_path',None) or '')
+    folder = Path(getattr(pipe,'name_or_path',pipe) or '')
     own = load_json(folder/'fade.json') if (folder/'fade.json').is_file() else {}
     return merged(base, {**own, **{k:str(folder/own[k]) for k in ('phi','judge') if own.get(k)}})
 
