@@ -423,6 +423,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                             'fade.sweep.check_parameters': ('sweep.html#check_parameters', 'fade/sweep.py'),
                             'fade.sweep.check_values': ('sweep.html#check_values', 'fade/sweep.py'),
                             'fade.sweep.collect': ('sweep.html#collect', 'fade/sweep.py'),
+                            'fade.sweep.command': ('sweep.html#command', 'fade/sweep.py'),
                             'fade.sweep.complete': ('sweep.html#complete', 'fade/sweep.py'),
                             'fade.sweep.cost': ('sweep.html#cost', 'fade/sweep.py'),
                             'fade.sweep.declared': ('sweep.html#declared', 'fade/sweep.py'),

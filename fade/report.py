@@ -86,7 +86,7 @@ def read_record(
 
 def read_runs(
     folder:str|Path, # holds run folders, at any depth
-)->pd.DataFrame:     # one row a run: method, target, world, recipe, seed, seconds of training; of each score its value, low, high, n, untouched; cost
+)->pd.DataFrame:     # one row a run: method, target, world, recipe, seed, seconds of training; of each score its value, low, high, n, untouched; cost and commit
     "Collect finished runs into one tidy table. Raises `FadeError` when there is none."
     files = sorted(Path(folder).rglob('metrics.json'))
     check(files, f'There is no finished run below {folder}: a run is finished when it has a metrics.json.')
@@ -97,7 +97,7 @@ def read_runs(
         if not m or m['schema']!=2: continue
         row = dict(method=m['method'], target=m['target'], world=m.get('candidates',''), recipe=m['recipe']['name'], seed=m['seeds']['training'], seconds=m['seconds']['training'])
         row |= {(p if k=='value' else f'{p}_{k}'):v for p in parts if m[p] for k,v in m[p].items()}
-        row |= dict(frechet=(m.get('quality') or {}).get('frechet'), **m['unet'], weights=m['edit']['weights'], memory=m['peak_memory_bytes'], folder=Path(f).parent.name)
+        row |= dict(frechet=(m.get('quality') or {}).get('frechet'), **m['unet'], weights=m['edit']['weights'], memory=m['peak_memory_bytes'], commit=m['versions']['commit'], folder=Path(f).parent.name)
         rows.append(row)
     return pd.DataFrame(rows)
 
