@@ -178,6 +178,7 @@ def erase(
 )->tuple[Weights,list[dict]]: # the edit, attached and on; the losses of every step
     "Erase a neighbourhood's target with Concept Ablation. Raises `FadeError` where no anchor is known, or at a loss that is not finite."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe, method='ca')
+    check_float32(pipe.unet.parameters()) # before the anchors' images are made
     anchor = anchor_for(nb, recipe.anchor)
     loss = ca_loss(pipe, *anchors(studio, anchor, recipe, seed), nb.target, anchor, recipe, seed)
     edit = Weights(pipe, cross_kv, 'ca', dict(anchor=anchor))

@@ -119,6 +119,7 @@ def erase(
 )->tuple[Weights,list[dict]]: # the edit, on; the loss of every step
     "Erase a concept with ESD. Raises `FadeError` at a loss that is not finite; the last good checkpoint stays."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe, method='esd')
+    check_float32(pipe.unet.parameters()) # before the bank is made
     about = run_about('esd', studio, nb, recipe, seed)
     if recipe.walk=='frozen': rows,_ = kept_bank(lambda: bank(studio, nb, recipe, seed), folder, fingerprint(about))
     edit = Weights(pipe, trained_weights[recipe.weights], 'esd')
