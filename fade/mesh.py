@@ -6,7 +6,7 @@
 __all__ = ['everywhere', 'cross_attention', 'Mesh', 'lift', 'side_by_side', 'attach', 'check_paths', 'read_lora', 'load']
 
 # %% ../nbs/40_mesh.ipynb #c5bcb320
-import json, warnings
+import json, logging, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -55,10 +55,14 @@ def lift(unet, name:str, on:list[str], grads:dict)->None:
 
 @contextmanager
 def side_by_side():
-    "PEFT warns at a second adapter; here that is wanted."
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Already found a `peft_config`')
-        yield
+    "PEFT warns at a second adapter, and diffusers at a file that leaves the text encoder alone; here both are wanted."
+    log,quiet = logging.getLogger('diffusers.loaders.lora_base'),lambda record: 'No LoRA keys' not in record.getMessage()
+    log.addFilter(quiet)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Already found a `peft_config`')
+            yield
+    finally: log.removeFilter(quiet)
 
 # %% ../nbs/40_mesh.ipynb #4bcdaee9
 def attach(
