@@ -27,13 +27,14 @@ class Recipe(Settings):
     template:str='a photo of {}' # the sentence
     images:int=25             # of the concept
     decay:float=1e-2          # weight decay
+    clip:float=0.             # largest gradient norm; 0 for none
     steps:int=35              # optimiser steps
     lr:float=2e-6             # learning rate
 
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, 'steps', 'images')
-        self.at_least(0, 'decay')
+        self.at_least(0, 'decay', 'clip')
         self.one_of('weights', parts)
         prompt('', self.template)
 
@@ -44,8 +45,8 @@ class Recipe(Settings):
 parts = dict(all='', attn2=cross_all, kv=cross_kv)
 
 # %% ../../nbs/53_fmn.ipynb #5430d5a3
-recipes = dict(paper=dict(weights='all', end=True, images=25, steps=35, lr=2e-6, batch=1),
-               later=dict(weights='all', end=True, images=25, steps=100, lr=2e-5, batch=1))
+recipes = dict(paper=dict(weights='all', end=True, images=25, steps=35, lr=2e-6, batch=1, clip=1.),
+               later=dict(weights='all', end=True, images=25, steps=100, lr=2e-5, batch=1, clip=1.))
 
 # %% ../../nbs/53_fmn.ipynb #387ef475
 def attention_norm(
@@ -108,7 +109,7 @@ def erase(
             for p,wanted in grads.items(): p.requires_grad_(wanted)
         edit = Weights(pipe, pattern, 'fmn')
         wants_gradients(edit)
-        history = train(edit, loss, recipe, run_about('fmn',studio,nb,recipe,seed), folder, weight_decay=recipe.decay, every=every, desc=f'erasing {nb.target}')
+        history = train(edit, loss, recipe, run_about('fmn',studio,nb,recipe,seed), folder, weight_decay=recipe.decay, clip=recipe.clip, every=every, desc=f'erasing {nb.target}')
     return edit, history
 
 load = load_weights

@@ -33,7 +33,8 @@ class Recipe(Settings):
     tokens:int=16                # vectors of the opponent
     inner:int=50                 # passes a step; the last trains the erasers, the others the opponent
     inner_lr:float=.1            # the opponent's learning rate
-    inner_decay:float=.1         # and weight decay
+    inner_decay:float=.1         # and weight decay,
+    decoupled:bool=False         # apart from the gradient (AdamW) or not (Adam)
     trajectory:int=50            # DDIM steps of a full walk
     scale:float=3.               # its guidance scale
 
@@ -198,9 +199,9 @@ def locality(
 # %% ../../nbs/56_receler.ipynb #fed935c5
 class Opponent(nn.Module):
     "Free vectors that try to bring the concept back, and the state of their optimiser."
-    def __init__(self, v:torch.Tensor, lr:float=.1, decay:float=.1): # `(tokens,d)`; learning rate, weight decay
+    def __init__(self, v:torch.Tensor, lr:float=.1, decay:float=.1, decoupled:bool=False): # `(tokens,d)`; learning rate, weight decay, whether it is apart from the gradient
         super().__init__()
-        self.lr,self.decay = lr,decay
+        self.lr,self.decay,self.decoupled = lr,decay,decoupled
         for n,b in dict(v=v.clone(), exp_avg=torch.zeros_like(v), exp_avg_sq=torch.zeros_like(v), step=torch.zeros(())).items(): self.register_buffer(n, b)
 
     def written(self, c:torch.Tensor, after:int, v=None)->torch.Tensor: # embeddings `(n,L,d)`; the concept's last position
@@ -211,7 +212,7 @@ class Opponent(nn.Module):
     def learn(self, miss, times:int)->list[float]: # vectors to a scalar loss; updates
         "Train the vectors; what they missed at each update."
         v,res = nn.Parameter(self.v.clone()),[]
-        opt = torch.optim.AdamW([v], lr=self.lr, weight_decay=self.decay)
+        opt = torch.optim.Adam([v], lr=self.lr, weight_decay=self.decay, decoupled_weight_decay=self.decoupled)
         opt.state[v] = dict(step=self.step, exp_avg=self.exp_avg, exp_avg_sq=self.exp_avg_sq)
         for _ in range(times):
             loss = miss(v)
@@ -275,6 +276,6 @@ def erase(
     edit = Erasers(pipe, recipe.width, name, seed)
     wants_gradients(edit)
     v = torch.rand(recipe.tokens, encode_prompts(pipe, ['']).shape[-1], generator=generator('training',seed,'receler','opponent'))
-    opponent = Opponent(v.to(pipe.device), recipe.inner_lr, recipe.inner_decay)
+    opponent = Opponent(v.to(pipe.device), recipe.inner_lr, recipe.inner_decay, recipe.decoupled)
     module,loss = nn.ModuleDict(dict(erasers=edit.module, opponent=opponent)),step_loss(pipe, nb.target, edit, opponent, recipe, seed)
     return edit, train(edit, loss, recipe, run_about('receler', studio, nb, recipe, seed), folder, module, every=every, desc=f'erasing {nb.target}')

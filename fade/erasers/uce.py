@@ -63,7 +63,7 @@ class Recipe(Settings):
         return {'training':0}
 
 recipes = dict(paper=dict(), today=dict(tokens='last', guide='', preserve=1.), neighbours=dict(tokens='last', guide='', preserve=1., keep='neighbours'),
-    breeds=dict(tokens='last', guide='', erase=230., preserve=1.2, damping=.1))
+    breeds=dict(tokens='last', guide='', erase=230., preserve=1.2, damping=.1, keep='neighbours'))
 
 # %% ../../nbs/54_uce.ipynb #a6a5568c
 def features(pipe, nb, recipe)->tuple:
