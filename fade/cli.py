@@ -36,7 +36,7 @@ def parser()->argparse.ArgumentParser:
     sub = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     p = sub.add_parser('erase', help='erase a concept and score the result'); add_target(p); add_model(p)
     p.add_argument('--method', default='fade', help='fade, or a peer: esd, ca, fmn, uce, spm, receler (default: %(default)s)')
-    p.add_argument('--recipe', default='', help="a recipe of the method, or authors for its first (default: the model's own)")
+    p.add_argument('--recipe', default='', help="a recipe of the method, or authors for the one its authors use (default: the model's own)")
     p.add_argument('--steps', type=int, help="optimiser steps (default: the recipe's)")
     p.add_argument('--n', type=int, default=25, help='evaluation images a concept (default: %(default)s)')
     p.add_argument('--judge', default='', help="folder or hub id of a ResNet classifier (default: the model's own, else CLIP)")
