@@ -66,17 +66,16 @@ class Settings:
 # %% ../nbs/45_eraser.ipynb #28fb59e2
 def recipe_for(
     pipe,               # a pipeline, or its folder or hub id
-    name:str='',        # a recipe's name; `authors` for what its authors use; the model's recommended one when empty
+    name:str='',        # a recipe's name; `authors` for what its authors use, as it is; the model's recommended one when empty
     method:str='fade',  # from `erasers()`
     **changes,          # fields that should differ
 ):                      # the method's `Recipe`
     "A named recipe with the values that suit the model. Raises `FadeError` for an unknown name or field."
     module = eraser(method)
     own = settings_for(pipe).get('methods',{}).get(method,{})
-    recipes = merged(module.recipes, own.get('recipes',{}))
-    name = name or own.get('recipe')
-    first = next(iter(recipes))
-    name = getattr(module,'authors',first) if name=='authors' else name or first
+    first = next(iter(module.recipes))
+    if name=='authors': recipes,name = module.recipes,getattr(module,'authors',first)
+    else: recipes,name = merged(module.recipes, own.get('recipes',{})),name or own.get('recipe') or first
     check(name in recipes, f"There is no recipe '{name}' of {method}: choose one of {', '.join(recipes)}.")
     values = {'name':name, **recipes[name], **{k:v for k,v in changes.items() if v is not None}}
     known = [f.name for f in fields(module.Recipe)]
