@@ -152,21 +152,21 @@ def released_loss(
     "The loss of a step as in the authors' released code."
     weights = dict(erase=recipe.erase, adjacency=recipe.adjacency, guidance=recipe.guidance)
     own,du = nb.target,[f'A photo of a {nb.target}', f'A photo of many {nb.target}', f'A photo of more than two {nb.target}']
-    embed = {p:encode_prompts(pipe,[p]) for p in [own,'']+du+nb.neighbours}
+    walks = [own]+du+nb.neighbours
+    embed = dict(zip(walks+[''], encode_prompts(pipe, walks+['']).split(1)))
     sizes = [pipe.unet.config.sample_size*o//8 for o in (4,5,6,7)]
-    def say(x, t, p): return predict_noise(pipe, x, t, embed[p].expand(len(x),-1,-1))
+    def rows(prompts): return torch.cat([embed[p].expand(recipe.batch,-1,-1) for p in prompts])
     def loss(step):
         g = generator('training',seed,'released',step)
         stop = torch.randint(1, recipe.trajectory, (), generator=g).item()
         size = sizes[torch.randint(len(sizes), (), generator=g)]
         z = torch.randn(recipe.batch, pipe.unet.config.in_channels, size, size, generator=g).to(pipe.device, embed[''].dtype)
-        at = {}
-        for p in [own]+du+nb.neighbours: at[p],t = partway(pipe, z, embed[p].expand(len(z),-1,-1), embed[''], stop, recipe.trajectory, recipe.scale)
-        with torch.no_grad(), mesh.off():
-            null,old = say(at[own],t,''),[say(at[p],t,p) for p in du]
-            near = [say(at[p],t,p) for p in nb.neighbours]
-        eps = say(at[own],t,own)
-        keep = [say(at[p],t,p) for p in nb.neighbours]
+        x,t = partway(pipe, z.repeat(len(walks),1,1,1), rows(walks), embed[''], stop, recipe.trajectory, recipe.scale)
+        at = dict(zip(walks, x.split(recipe.batch)))
+        def say(places, prompts): return predict_noise(pipe, torch.cat([at[p] for p in places]), t, rows(prompts)).split(recipe.batch)
+        with torch.no_grad(), mesh.off(): null,*far = say(walks, ['']+walks[1:])
+        old,near = far[:len(du)],far[len(du):]
+        eps,*keep = say([own]+nb.neighbours, [own]+nb.neighbours)
         return losses.fade_loss(losses.released_expungement(eps,near,old,recipe.delta), losses.released_adjacency(keep,near), losses.guidance(eps,null).mean(), weights)
     return loss
 
