@@ -134,6 +134,7 @@ def regenerate(folder):
 def tidy(path):
     "Drop progress bars and library warnings from what an executed experiment shows."
     page = read_nb(path)
+    page.metadata.pop("widgets", None)
     for cell in page.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
