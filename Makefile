@@ -57,7 +57,7 @@ test-notebooks: setup
 
 test-package: setup
 	@echo "== test 4/4: tests/"
-	@$(bin)/pytest --numprocesses 2 --dist loadfile --durations 25
+	@$(bin)/pytest --numprocesses 2 --dist worksteal --durations 25
 
 export: setup ## fade/ from nbs/, notebooks cleaned
 	@$(docs) sync

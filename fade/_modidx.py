@@ -252,6 +252,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                 'fade.miniature.drawn': ('miniature.html#drawn', 'fade/miniature.py'),
                                 'fade.miniature.encode': ('miniature.html#encode', 'fade/miniature.py'),
                                 'fade.miniature.image_folder': ('miniature.html#image_folder', 'fade/miniature.py'),
+                                'fade.miniature.mixed_precision': ('miniature.html#mixed_precision', 'fade/miniature.py'),
                                 'fade.miniature.new_unet': ('miniature.html#new_unet', 'fade/miniature.py'),
                                 'fade.miniature.train_clip': ('miniature.html#train_clip', 'fade/miniature.py'),
                                 'fade.miniature.train_miniature': ('miniature.html#train_miniature', 'fade/miniature.py'),

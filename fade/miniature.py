@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['max_tokens', 'noise_schedule', 'Pictures', 'drawn', 'image_folder', 'Captions', 'train_tokenizer', 'clip_loss',
-           'train_clip', 'train_vae', 'encode', 'new_unet', 'train_unet', 'assemble', 'train_miniature']
+           'mixed_precision', 'train_clip', 'train_vae', 'encode', 'new_unet', 'train_unet', 'assemble',
+           'train_miniature']
 
 # %% ../nbs/21_miniature.ipynb #64204a90
 import json, shutil, time
@@ -113,6 +114,11 @@ def clip_loss(
     logits,p = scale*text@image.T,true.float()
     return (F.cross_entropy(logits, p/p.sum(1,keepdim=True)) + F.cross_entropy(logits.T, p.T/p.T.sum(1,keepdim=True)))/2
 
+# %% ../nbs/21_miniature.ipynb #5c1e77ab
+def mixed_precision()->torch.autocast:
+    "Bfloat16 inside the block on a processor with AVX-512, float32 on others."
+    return torch.autocast('cpu', torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability()=='AVX512')
+
 # %% ../nbs/21_miniature.ipynb #08077a8f
 def train_clip(
     data:Pictures,
@@ -133,7 +139,7 @@ def train_clip(
         g = generator('clip',seed,step)
         i = torch.randint(len(data.labels), (batch,), generator=g)
         y = data.labels[i]; c = captions.draw(y, g)
-        with torch.autocast('cpu', torch.bfloat16):
+        with mixed_precision():
             image = clip.visual_projection(clip.vision_model(jitter(to_pixels(data.images[i], **look), g)).pooler_output)
             text = clip.text_projection(clip.text_model(tokens[c]).pooler_output)
         text,image = (F.normalize(o.float(), dim=-1) for o in (text,image))
@@ -157,7 +163,7 @@ def train_vae(
     def loss(step):
         g = generator('vae',seed,step)
         x = (data.images[torch.randint(len(data.labels), (batch,), generator=g)].float()/127.5-1).to(memory_format=torch.channels_last)
-        with torch.autocast('cpu', torch.bfloat16):
+        with mixed_precision():
             q = vae.encode(x).latent_dist
             mean,std = q.mean.float(),q.std.float()
             y = vae.decode(mean+std*torch.randn(mean.shape, generator=g)).sample.float()
@@ -217,7 +223,7 @@ def train_unet(
         i = torch.randint(len(data.labels), (batch,), generator=g)
         x0 = mean[i]+std[i]*torch.randn(mean[i].shape, generator=g)
         eps,t = torch.randn(x0.shape, generator=g),torch.randint(1000, (batch,), generator=g)
-        with torch.autocast('cpu', torch.bfloat16):
+        with mixed_precision():
             pred = unet(noise.add_noise(x0, eps, t), t, embeds[captions.draw(data.labels[i], g, drop=.1)]).sample
         mse = (pred.float()-eps).pow(2).mean((1,2,3))
         return dict(loss=(mse*snr[t].clamp(max=5)/snr[t]).mean(), mse=mse.mean())

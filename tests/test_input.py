@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 
 import fade.run
-from fade.cli import main, slug
+from conftest import said
+from fade.cli import slug
 from fade.concepts import clean_name, find_target, read_names
 from fade.core import FadeError
 from fade.eraser import erasers, recipe_for
@@ -31,15 +32,6 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FADE_CACHE", str(tmp_path / "cache"))
     return tmp_path
-
-
-def said(capsys, *words):
-    "The one sentence that a command says before it ends with 2."
-    try: code = main(list(words))
-    except SystemExit as e: code = e.code  # argparse, for what is no number
-    err = capsys.readouterr().err
-    assert code == 2 and err.strip() and "Traceback" not in err
-    return err
 
 
 def usable(name):

@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -15,8 +14,8 @@ from safetensors.torch import load_file
 from fade.core import FadeError, load_json
 from fade.run import run
 
-small = dict(steps=30, n=2, say=lambda line: None)
-command = [Path(sys.executable).with_name("fade"), "erase", "hooded owl", "--steps", "30", "--n", "2", "--seed", "3", "--out"]
+small = dict(steps=10, n=2, say=lambda line: None)
+command = [Path(sys.executable).with_name("fade"), "erase", "hooded owl", "--steps", "10", "--n", "2", "--seed", "3", "--out"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +39,15 @@ def moment(low, high):
     return res
 
 
-@pytest.mark.parametrize("low, high", [(4, 8), (8, 14), (14, 20)])
-def test_killed_and_resumed(whole, tmp_path, low, high):
-    env = dict(os.environ, FADE_CACHE=str(tmp_path / "cache"))
-    process = subprocess.Popen(command + [str(tmp_path / "run")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    time.sleep(moment(low, high))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command + [str(tmp_path / "run")], env=env, check=True, capture_output=True)
+def test_killed_in_every_stage_and_resumed(whole, tmp_path):
+    "A few seconds after the start, when images are made, then after training and after evaluation began."
+    env, again = dict(os.environ, FADE_CACHE=str(tmp_path / "cache")), command + [str(tmp_path / "run")]
+    for began, low, high in (("neighborhood.json", 2, 10), ("bank.safetensors", 0, 5), ("checkpoint.safetensors", 0, 5)):
+        process = subprocess.Popen(again, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "run" / began).exists(): time.sleep(.1); assert process.poll() is None
+        time.sleep(moment(low, high))
+        process.kill(); process.wait()
+    subprocess.run(again, env=env, check=True, capture_output=True)
     folder, metrics = whole
     a, b = load_file(folder / "mesh.safetensors"), load_file(tmp_path / "run" / "mesh.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
