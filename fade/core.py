@@ -118,7 +118,8 @@ def save_json(
     path:str|Path, # file to write
     obj:Any,       # anything JSON can hold
 )->None:
-    "Write `obj` as indented JSON, whole or not at all."
+    "Write `obj` as indented JSON, whole or not at all. A number that is not finite becomes null: JSON knows none."
+    obj = json.loads(json.dumps(obj), parse_constant=lambda name: None)
     with whole_file(path) as f: f.write_text(json.dumps(obj, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
 
 # %% ../nbs/00_core.ipynb #071ce541
