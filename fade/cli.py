@@ -13,9 +13,9 @@ from .core import *
 from .concepts import *
 
 # %% ../nbs/90_cli.ipynb #9c117ffd
-def add_model(p)->None:
+def add_model(p, default='the miniature that ships with fade')->None:
     "Options of every command that runs a model."
-    p.add_argument('--model', default='', help='a diffusers folder or hub id (default: the miniature that ships with fade)')
+    p.add_argument('--model', default='', help=f'a diffusers folder or hub id (default: {default})')
     p.add_argument('--device', default='', help='cpu, cuda or mps (default: the best there is)')
     p.add_argument('--dtype', default='float32', help='float32, bfloat16 or float16 (default: %(default)s)')
 
@@ -25,13 +25,14 @@ def add_target(p)->None:
     p.add_argument('--candidates', default='', help='where its neighbours are looked for: a concept set or a text file of names (default: the set that has the target)')
     p.add_argument('--k', type=int, default=5, help='neighbours (default: %(default)s)')
     p.add_argument('--superclass', default='', help='what all candidates are, such as "flower" (default: what the set says)')
-    p.add_argument('--shortlist', action='store_true', help='look closely at the most promising candidates only, for about a tenth of the images')
+    p.add_argument('--shortlist', action='store_true', help='look closely at the most promising candidates only: a tenth of the images for 200 candidates, half for 30')
     p.add_argument('--template', default=templates[0], help='the sentence, with {} for the concept (default: "%(default)s")')
     p.add_argument('--seed', type=int, default=0, help='of training and evaluation (default: %(default)s)')
 
 # %% ../nbs/90_cli.ipynb #f22fb7b1
 def parser()->argparse.ArgumentParser:
     "The command line."
+    of_run = 'the miniature, where the run is of it'
     top = argparse.ArgumentParser('fade', description='Remove one fine-grained concept from a text-to-image diffusion model and leave its neighbours alone.')
     sub = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     p = sub.add_parser('erase', help='erase a concept and score the result'); add_target(p); add_model(p)
@@ -41,12 +42,12 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--n', type=int, default=25, help='evaluation images a concept (default: %(default)s)')
     p.add_argument('--judge', default='', help="folder or hub id of a ResNet classifier (default: the model's own, else CLIP)")
     p.add_argument('--out', default='', help='run folder (default: runs/TARGET, or runs/METHOD/TARGET for a peer)')
-    p = sub.add_parser('neighborhood', help='find the concepts nearest to one'); add_target(p); add_model(p)
-    p = sub.add_parser('evaluate', help='score a run again, with other images or another judge'); p.add_argument('run', help='a run folder'); add_model(p)
+    p = sub.add_parser('neighborhood', help='find the concepts nearest to one; * marks the neighbours, - what was not measured'); add_target(p); add_model(p)
+    p = sub.add_parser('evaluate', help='score a run again, with other images or another judge; written to the run folder'); p.add_argument('run', help='a run folder'); add_model(p, of_run)
     p.add_argument('--n', type=int, default=25, help='images a concept (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of the images (default: %(default)s)')
     p.add_argument('--judge', default='', help="folder or hub id of a ResNet classifier (default: the model's own, else CLIP)")
-    p = sub.add_parser('generate', help='make images with an erased model'); p.add_argument('run', help='a run folder'); add_model(p)
+    p = sub.add_parser('generate', help="make images with an erased model, in the run's folder images"); p.add_argument('run', help='a run folder'); add_model(p, of_run)
     p.add_argument('--prompt', required=True, help='what to draw')
     p.add_argument('--n', type=int, default=4, help='images (default: %(default)s)')
     p.add_argument('--seed', type=int, default=0, help='of the first image (default: %(default)s)')
@@ -61,7 +62,7 @@ def parser()->argparse.ArgumentParser:
     p = sub.add_parser('share', help='write a finished run as a folder for a hub'); p.add_argument('run', help='a run folder')
     p.add_argument('--out', required=True, help='the folder to write')
     p.add_argument('--repo', default='', help='its name on the hub, such as someone/fade-crimson-daisy')
-    p.add_argument('--model', default='', help="the base model's hub id (default: the miniature, where the run is of it)")
+    p.add_argument('--model', default='', help="the base model's hub id (default: {of_run})")
     p.add_argument('--license', default='', help="the base model's licence, such as creativeml-openrail-m (default: apache-2.0 for the miniature)")
     p.add_argument('--push', action='store_true', help='upload the folder to the hub')
     p = sub.add_parser('concepts', help='list concept sets, or the names of one'); p.add_argument('set', nargs='?', help='a concept set')
@@ -89,32 +90,29 @@ def do_neighborhood(a)->None:
 def open_run(a):
     "The run's record, its neighbourhood, and a studio of its model, untouched. Raises `FadeError` when it is not finished."
     folder = Path(a.run)
-    sentence = f"{folder} is no finished run: give a folder made by 'fade erase'."
-    check((folder/'metrics.json').is_file(), sentence)
-    from fade.run import Neighborhood, Studio, fitted, load_pipeline, read_record
-    m = read_record(folder); check(m, sentence)
-    nb = Neighborhood.load(folder/'neighborhood.json')
-    model = a.model or ('' if m['model']['name']=='miniature' else m['model']['name'])
-    pipe = load_pipeline(model, a.device, a.dtype)
+    from fade.run import Neighborhood, Studio, base_model, finished_run, fitted, load_pipeline
+    m,nb = finished_run(folder),Neighborhood.load(folder/'neighborhood.json')
+    pipe = load_pipeline(base_model(m['model']['name'], a.model), a.device, a.dtype)
     return folder, nb, Studio(pipe, fitted(pipe), m['template'], seed=a.seed)
 
 def do_evaluate(a)->None:
     from fade.run import closing_table, evaluate, judge_for, load_edit
     folder,nb,studio = open_run(a)
     record = evaluate(studio, load_edit(studio.pipe, folder), nb, judge_for(studio, nb, a.judge), a.n)
-    save_json(folder/f'evaluation-{a.seed}.json', record)
+    judge = f'-{slug(Path(a.judge).name)}' if a.judge else ''
+    save_json(folder/f'evaluation-seed-{a.seed}-n-{a.n}{judge}.json', record)
     print(closing_table(record))
 
 def do_generate(a)->None:
     check(a.n>=1, f'{a.n} images cannot be made: choose 1 or more.')
-    check(0<=a.seed<2**63-a.n, f'The seed {a.seed} cannot be used: choose a number from 0 to 2⁶³.')
+    check(0<=a.seed<2**63-a.n, f'The seed {a.seed} cannot be used: choose a number from 0 to below 2⁶³.')
     from fade.run import check_strength, generate, load_edit
     from fade.features import to_pil
     check_strength(a.strength, 'mesh')
     folder,_,studio = open_run(a)
     load_edit(studio.pipe, folder).scale(a.strength)
     for i,image in enumerate(to_pil(generate(studio.pipe, [a.prompt]*a.n, [a.seed+i for i in range(a.n)], studio.sampler))):
-        path = folder/'images'/f'{slug(a.prompt)}-{a.seed+i}.png'
+        path = folder/'images'/f"{slug(a.prompt)}-{a.seed+i}{'' if a.strength==1 else f'-strength-{a.strength:g}'}.png"
         with whole_file(path) as f: image.save(f)
         print(path)
 
@@ -140,6 +138,6 @@ def main(argv=None)->int:
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     try: return globals()[f'do_{a.command}'](a) or 0
     except FadeError as e: print(f'fade: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nfade: stopped; the same command goes on from here.', file=sys.stderr); return 130
+    except KeyboardInterrupt: print('\nfade: stopped; what is finished is kept.', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 0
-    except OSError as e: print(f'fade: The system says: {e}.', file=sys.stderr); return 2
+    except OSError as e: print(f'fade: The system says: {e}; check the path, its permissions and the free space.', file=sys.stderr); return 2

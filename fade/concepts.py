@@ -144,10 +144,10 @@ def find_target(
         if found := cs.find(target): return found, replace(cs, superclass=superclass) if superclass else cs
     if candidates: return target, concept_set(candidates, superclass)
     other = next((s for s,cs in shelf().items() if cs.find(target)), '')
-    check(not other, f"'{target}' is of {other}, which the miniature has never seen: choose a model that has with --model, or a concept of {', '.join(worlds())}.")
+    check(not other, f"'{target}' is of {other}, and the miniature knows only {', '.join(worlds())}: choose one of their concepts, or another model (--model).")
     near = difflib.get_close_matches(target.lower(), [n for cs in sets for n in cs.names], 4, .4)
     hint = f"; the nearest are {', '.join(near)}" if near else ''
-    raise FadeError(f"'{target}' is in no concept set{hint}: correct the name, or say where its neighbours are to be looked for with --candidates.")
+    raise FadeError(f"'{target}' is in no concept set{hint}: correct the name, or say where its neighbours are to be looked for (--candidates).")
 
 # %% ../nbs/01_concepts.ipynb #d3528f8a
 def elsewhere(

@@ -128,7 +128,7 @@ def load_json(
 )->Any:
     "Read a JSON file. Raises `FadeError` when it is missing or damaged."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError,ValueError) as e: raise FadeError(f'Cannot read {path} as JSON ({e}).') from e
+    except (OSError,ValueError) as e: raise FadeError(f'Cannot read {path} as JSON ({e}): give a whole file, or make it again.') from e
 
 # %% ../nbs/00_core.ipynb #c44b7748
 def save_tensors(
@@ -148,7 +148,7 @@ def load_tensors(
     try:
         with safe_open(path, 'pt') as f: about = (f.metadata() or {}).get('about')
         return load_file(path), json.loads(about) if about else None
-    except Exception as e: raise FadeError(f'Cannot read {path} as safetensors ({e}).') from e
+    except Exception as e: raise FadeError(f'Cannot read {path} as safetensors ({e}): give a whole .safetensors file.') from e
 
 # %% ../nbs/00_core.ipynb #c7a14a1a
 def refusal(

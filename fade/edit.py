@@ -121,7 +121,7 @@ def load_weights(
     check_model(pipe, about, f'edit {path}')
     shapes = {n.replace('.base_layer',''):p.shape for n,p in pipe.unet.named_parameters()}
     wrong = [n for n,v in ts.items() if shapes.get(n)!=v.shape]
-    check(ts and not wrong, f"The edit {path} does not fit this model: {f'it has no {wrong[0]} of shape {tuple(ts[wrong[0]].shape)}' if wrong else 'it holds no weights'}.")
+    check(ts and not wrong, f"The edit {path} does not fit this model: {f'it has no {wrong[0]} of shape {tuple(ts[wrong[0]].shape)}' if wrong else 'it holds no weights'}; load the model it was made for.")
     edit = Weights(pipe, '^('+'|'.join(map(re.escape,ts))+')$', name, about)
     for n,p in edit.layers.items(): p.data.copy_(ts[n])
     return edit

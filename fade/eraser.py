@@ -47,6 +47,7 @@ class Settings:
             if f.type is bool: check(isinstance(v,bool), f'The recipe has {f.name}={v!r}: give true or false.')
             if f.type in (int,float):
                 check(isinstance(v,(int,float)) and not isinstance(v,bool) and abs(v)<float('inf') and (f.type is float or v==int(v)), f'The recipe has {f.name}={v!r}: give a number.')
+                if f.type is int: object.__setattr__(self, f.name, int(v))
         self.at_least(1, 'batch')
         self.one_of('schedule', schedules)
 
@@ -104,6 +105,7 @@ def train(
     checkpoint = Path(folder)/'checkpoint.safetensors' if folder else ''
     try:
         check_float32(edit.params.values())
+        check(edit.unet.dtype!=torch.float16, 'In float16 gradients as small as these are lost: load the model in bfloat16 or float32.')
         history = fit(module or edit.unet, loss, recipe.steps, recipe.lr, recipe.schedule, weight_decay, clip, checkpoint=checkpoint, every=every, about=fingerprint(about), desc=desc)
     except BaseException: edit.detach(); raise
     for p in edit.params.values(): p.requires_grad_(False)
@@ -131,11 +133,11 @@ def about_file(
 def load_edit(
     pipe,
     path:str|Path, # a mesh or an edit, or a folder with one
-):
+):                 # the mesh or edit, attached and on
     "Attach whatever a method has saved. Raises `FadeError` for a file that is none, or that was made for another model."
     if Path(path).is_dir():
         found = edit_file(path)
-        check(found, f"The folder {path} holds no {' or '.join(edit_files)}.")
+        check(found, f"The folder {path} holds no {' or '.join(edit_files)}: give a folder made by 'fade erase', or a file.")
         path = found
     method = about_file(path).get('method')
     if method: return eraser(method).load(pipe, path)

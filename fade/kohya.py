@@ -48,8 +48,8 @@ def read_kohya(
     check(paths, f'The file {path} holds no paths: give a kohya LoRA file.')
     for name,p in paths.items():
         for kind in ('down','up'): check(kind in p, f"The file {path} has no lora_{kind}.weight for '{name}': it is not whole, download it again.")
-        check(p['down'].ndim>1 and p['up'].ndim>1 and len(p['down'])==p['up'].shape[1], f"The two halves of '{name}' in {path} do not fit together: {tuple(p['down'].shape)} and {tuple(p['up'].shape)}.")
-        check(p.setdefault('alpha', torch.tensor(float(len(p['down'])))).numel()==1, f"The alpha of '{name}' in {path} is no single number.")
+        check(p['down'].ndim>1 and p['up'].ndim>1 and len(p['down'])==p['up'].shape[1], f"The two halves of '{name}' in {path} do not fit together, {tuple(p['down'].shape)} and {tuple(p['up'].shape)}: it is not whole, download it again.")
+        check(p.setdefault('alpha', torch.tensor(float(len(p['down'])))).numel()==1, f"The alpha of '{name}' in {path} is no single number: it is not whole, download it again.")
     return paths,header
 
 # %% ../nbs/42_kohya.ipynb #745ad840

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['default_device', 'load_pipeline', 'merged', 'settings_for', 'encode_prompts', 'predict_noise', 'Count', 'counting',
            'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'guided', 'denoise', 'sample_latents', 'ddim_for',
-           'partway', 'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'hidden', 'model_fingerprint',
-           'check_model', 'check_strength']
+           'ddim_step', 'partway', 'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'hidden',
+           'model_fingerprint', 'check_model', 'base_model', 'check_strength']
 
 # %% ../nbs/20_pipeline.ipynb #8e028a26
 import inspect
@@ -36,11 +36,14 @@ def load_pipeline(
     "A pipeline without safety checker or progress bar. Raises `FadeError` for what is no Stable Diffusion."
     check(dtype in ('float32','bfloat16','float16'), f"There is no dtype '{dtype}': choose float32, bfloat16 or float16.")
     source = model or data_path('miniature')
-    check(not Path(source).is_dir() or (Path(source)/'model_index.json').is_file(), f'The folder {source} is no diffusers pipeline: it has no model_index.json.')
-    try: pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+    check(not Path(source).is_dir() or (Path(source)/'model_index.json').is_file(), f'The folder {source} is no diffusers pipeline, since it has no model_index.json: give one that save_pretrained has written.')
+    try:
+        config = StableDiffusionPipeline.load_config(source)
+        check('text_encoder_2' not in config, f'{source} has a second text encoder, and fade knows Stable Diffusion 1 and 2 only: choose one of those.')
+        pipe = StableDiffusionPipeline.from_pretrained(source, dtype=getattr(torch,dtype), safety_checker=None, requires_safety_checker=False, use_safetensors=True)
     except (OSError,ValueError,AttributeError,SafetensorError) as e: raise refusal(e, source, f'Cannot load {source} as a Stable Diffusion pipeline: give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.') from e
     pipe.set_progress_bar_config(disable=True)
-    if (pipe.load_config(source).get('safety_checker') or [None])[0]: print(f'The safety checker of {Path(source).name} is off: its images are shown and judged as they are.')
+    if (config.get('safety_checker') or [None])[0]: print(f'The safety checker of {Path(source).name} is off: its images are shown and judged as they are.')
     try: return pipe.to(device or default_device())
     except (RuntimeError,AssertionError) as e: raise FadeError(f"There is no device '{device}' here: choose cpu, cuda or mps.") from e
 
@@ -135,6 +138,7 @@ class Sampler:
 
     def new(self, pipe):
         "A fresh scheduler, ready to step."
+        check(not self.scheduler or hasattr(diffusers,self.scheduler), f"There is no scheduler '{self.scheduler}': give a class of diffusers, such as DDIMScheduler.")
         cls = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
         res = cls.from_config(pipe.scheduler.config)
         res.set_timesteps(self.steps, device=pipe.device)
@@ -203,10 +207,22 @@ def ddim_for(
     pipe,
     steps:int, # of a whole walk
 )->DDIMScheduler:
-    "A fresh DDIM scheduler with the model's noise schedule, ready to step."
+    "A fresh DDIM scheduler with the model's noise schedule and timesteps."
     ddim = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
     ddim.set_timesteps(steps, device=pipe.device)
     return ddim
+
+def ddim_step(
+    pipe,
+    ddim:DDIMScheduler, # from `ddim_for`
+    said:torch.Tensor,  # the prediction at `t`, `(n,4,h,w)`
+    t, after,           # a timestep, and the one to go to
+    x:torch.Tensor,     # latents at `t`, `(n,4,h,w)`
+)->torch.Tensor:        # latents at `after`
+    "One DDIM step, $\\eta=0$. The step of diffusers ends `1000//steps` timesteps on, which is where the next one begins for one kind of spacing only."
+    x0 = ddim.step(said, t, x).pred_original_sample
+    now,then = signal_levels(pipe)[torch.stack([t,after])].to(x.dtype)
+    return add_noise(x0, (x-now.sqrt()*x0)/(1-now).sqrt(), then)
 
 @torch.no_grad()
 def partway(
@@ -220,7 +236,7 @@ def partway(
     "Walk `stop` of `steps` guided DDIM steps with the model as it is now. Raises `FadeError` when that leaves no step to go."
     check(0<=stop<steps, f'A walk of {steps} steps cannot stop after {stop}: choose 0 to {steps-1}.')
     ddim = ddim_for(pipe, steps)
-    for t in ddim.timesteps[:stop]: x = ddim.step(guided(pipe, x, t, embeds, null, scale), t, x, return_dict=False)[0]
+    for t,after in zip(ddim.timesteps[:stop], ddim.timesteps[1:]): x = ddim_step(pipe, ddim, guided(pipe, x, t, embeds, null, scale), t, after, x)
     return x, ddim.timesteps[stop]
 
 # %% ../nbs/20_pipeline.ipynb #5882c085
@@ -295,9 +311,19 @@ def check_model(
     about:dict, # what a saved edit says of itself
     what:str,   # names it
 )->None:
-    "Raise `FadeError` when the edit says that it was made for another model."
-    here = model_fingerprint(pipe)
-    check(about.get('model',here)==here, f"The {what} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): load that model, or erase again on this one.")
+    "Raise `FadeError` when the edit says that it was made for another model. Weights of another precision cannot be compared; then only their shapes are, where the edit is put in."
+    here,dtype = model_fingerprint(pipe),str(pipe.unet.dtype).removeprefix('torch.')
+    on = edits(pipe.unet)
+    remedy = f"load that model, or erase again on this one{' (' + ', '.join(on) + ' is on and may be all that differs: take it off and load it last)' if on else ''}"
+    check(about.get('model',here)==here or about.get('dtype','float32')!=dtype, f"The {what} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): {remedy}.")
+
+def base_model(
+    name:str,          # in the record of a run
+    model:str|Path='', # as the user gives it
+)->str|Path:           # for `load_pipeline`
+    "The model that a run began from. Raises `FadeError` where one has to be given."
+    check(model or name=='miniature', f'The run is of the model {name}: give its folder or hub id (--model).')
+    return model
 
 def check_strength(
     strength,

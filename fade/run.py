@@ -13,6 +13,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+import psutil
 import torch
 from tqdm.auto import tqdm
 from .core import *
@@ -31,8 +32,8 @@ def run_folder(
 ):
     "A folder that this process alone writes to. Raises `FadeError` when it cannot be written, or another run is in it."
     path = Path(path)
-    busy = f'Another run is writing to {path}: wait for it, or choose another folder with --out.'
-    with locked(path/'.lock', busy, lambda why: f'Cannot write to the run folder {path} ({why}): choose another with --out.'):
+    busy = f'Another run is writing to {path}: wait for it, or choose another folder (--out).'
+    with locked(path/'.lock', busy, lambda why: f'Cannot write to the run folder {path} ({why}): choose another (--out).'):
         for p in path.glob(f'{unfinished}*'): p.unlink() # a killed run's
         yield path
     (path/'.lock').unlink(missing_ok=True)
@@ -70,8 +71,9 @@ def versions()->dict:
 def peak_memory()->int:
     "The most memory this process held, in bytes; on the GPU where there is one."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    if platform.system()=='Windows': return psutil.Process().memory_info().peak_wset
     import resource # not on Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if platform.system()=='Darwin' else 1024) # bytes there, KiB on Linux
 
 def forget_peak()->None:
     "Measure the peak from here on, where the system lets us."
@@ -96,7 +98,7 @@ def settled(
         def flat(recipe): return {f'recipe.{f}':v for f,v in json.loads(json.dumps(recipe)).items()}
         was = dict(target=m['target'], method=m['method'], model=m['model']['name'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'], **flat(m['recipe']))
         now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, K=k, n=n, seed=seed, template=template, **flat(asdict(settings)))
-        for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder with --out.")
+        for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder (--out).")
     return target,cs,settings,m
 
 # %% ../nbs/80_run.ipynb #bca3a698
@@ -123,7 +125,7 @@ def run(
     target,cs,recipe,m = settled(target, out, model, candidates, k, method, recipe, steps, seed, n, template, superclass, **changes)
     done = Path(out)/'metrics.json'
     if m:
-        say(f'{done} is there: this run is finished. Choose another folder with --out to run again.')
+        say(f'{done} is there: this run is finished. Choose another folder (--out) to run again.')
         return m
     with run_folder(out) as folder:
         if done.exists() and not read_record(out): set_aside(done, f'{done} is no whole record of a run.')
@@ -169,7 +171,7 @@ def trained(studio, nb, method, recipe, folder):
             was = about_file(saved)
             check({'unet','model',*about}<=was.keys(), f'{saved} is no edit that a run made.')
         except FadeError as e: set_aside(saved, e); continue
-        check(all(was[k]==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder with --out.')
+        check(all(was[k]==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder (--out).')
         return load_edit(studio.pipe, saved), was['unet'], was.get('seconds')
     fresh = not any(p.exists() for p in parts)
     start = time.monotonic()
@@ -178,7 +180,7 @@ def trained(studio, nb, method, recipe, folder):
     save_json(folder/'history.json', history)
     if history: save_figure(plot_losses(history), folder/'losses.png')
     with edit.off(): model = model_fingerprint(studio.pipe)
-    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, model=model, model_name=Path(str(studio.pipe.name_or_path)).name)
+    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, model=model, dtype=str(studio.pipe.unet.dtype).removeprefix('torch.'), model_name=Path(str(studio.pipe.name_or_path)).name)
     for p in parts: p.unlink(missing_ok=True)
     return edit, cost, seconds
 

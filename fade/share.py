@@ -17,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from .core import *
 from .concepts import prompt
 from .eraser import eraser
+from .report import finished_run
 
 # %% ../nbs/83_share.ipynb #ff4400cb
 pictures = ('before_after.png','losses.png')
@@ -91,7 +92,7 @@ def fade_text(
     "The same with fade, in the folder itself; the strength can be chosen, and a mesh of another model is refused."
     load = f'load_pipeline("{model}")' if model else 'load_pipeline()'
     code = ['from fade.api import *', '', f'pipe = {load}', 'mesh = load_edit(pipe, ".")  # this folder', 'mesh.scale(.7)               # 1 as trained, 0 off', 'mesh.detach()                # the pipeline as it was']
-    words = f"In a terminal: `fade generate FOLDER --prompt \"{prompt(metrics['target'], metrics['template'])}\"`, where FOLDER is a copy of this one."
+    words = f"In a terminal: `fade generate FOLDER{f' --model {model}' if model else ''} --prompt \"{prompt(metrics['target'], metrics['template'])}\"`, where FOLDER is a copy of this one."
     return '\n'.join(['## With fade', '', '```python', *code, '```', '', words, '', ''])
 
 # %% ../nbs/83_share.ipynb #c8019f9a
@@ -177,7 +178,7 @@ def check_folder(
     try: res = ModelCard.load(folder/'README.md')
     except (OSError,ValueError) as e: raise FadeError(f"The card of {folder} cannot be read ({str(e).splitlines()[0]}): write the folder again with 'fade share'.") from e
     data = res.data.to_dict()
-    check(data.get('license') in (*licences,'other') and (data['license']!='other' or data.get('license_name')), f'The card of {folder} names no licence: give the base model\'s with --license.')
+    check(data.get('license') in (*licences,'other') and (data['license']!='other' or data.get('license_name')), f'The card of {folder} names no licence: give the base model\'s (--license).')
     if data.get('base_model'): check_repo(data['base_model'], '--model')
     links = re.findall(r'!\[[^\]]*\]\(([^)]+)\)', res.text)+['LICENSE','metrics.json']
     for l in links: check((folder/l).is_file(), f"{folder} lacks {l}, which its card links to: write the folder again with 'fade share'.")
@@ -206,20 +207,19 @@ def share(
 )->Path:             # `out`
     "Write a run as a folder for a hub. Raises `FadeError` for a run that is not finished, or a base model that nobody could find."
     run,out = Path(run),Path(out)
-    check((run/'metrics.json').is_file(), f"{run} is no finished run: give a folder made by 'fade erase'.")
-    m = without_folders(load_json(run/'metrics.json'))
+    m = without_folders(finished_run(run))
     file = edit_file(run)
     check(file, f"{run} holds neither {' nor '.join(edit_files)}, so there is nothing to share.")
     weights = file.name
     mini = m['model']['name']=='miniature'
-    check(model or mini, f"The run is of the model {m['model']['name']}: give its hub id with --model, such as CompVis/stable-diffusion-v1-4.")
-    check(license or mini, "The weights carry the base model's licence: name it with --license, such as creativeml-openrail-m.")
+    check(model or mini, f"The run is of the model {m['model']['name']}: give its hub id (--model), such as CompVis/stable-diffusion-v1-4.")
+    check(license or mini, "The weights carry the base model's licence: name it (--license), such as creativeml-openrail-m.")
     for name,option in ((repo,'--repo'),(model,'--model')):
         if name: check_repo(name, option)
     shown = tuple(p for p in pictures if (run/p).is_file())
     written = {weights,'metrics.json','neighborhood.json',*shown,'README.md','LICENSE'}
     other = sorted(p.name for p in out.iterdir() if p.name not in written) if out.is_dir() else []
-    check(not other, f"{out} holds {', '.join(other)}, which would be uploaded too: choose an empty folder with --out.")
+    check(not other, f"{out} holds {', '.join(other)}, which would be uploaded too: choose an empty folder (--out).")
     for f in ('metrics.json','neighborhood.json'):
         if (run/f).is_file(): save_json(out/f, without_folders(load_json(run/f)))
     for f in (weights,*shown):
@@ -236,7 +236,7 @@ def push(
 )->str:              # the address of the upload
     "Upload a shared folder. Raises `FadeError` without a token, a network or the permission."
     from huggingface_hub import HfApi, get_token
-    check(repo, 'Say where to upload to with --repo, such as someone/fade-crimson-daisy.')
+    check(repo, 'Say where to upload to (--repo), such as someone/fade-crimson-daisy.')
     check_repo(repo, '--repo'); check_folder(folder)
     check(get_token(), "There is no token for the hub: run 'hf auth login', or set HF_TOKEN, with a token that may write.")
     api = HfApi()

@@ -23,7 +23,7 @@ from .pipeline import *
 from .neighborhood import *
 from .eraser import load_edit
 from .metrics import erb, judge_for
-from .report import figure
+from .report import figure, finished_run
 
 # %% ../nbs/72_study.ipynb #88fc3792
 @contextmanager
@@ -43,8 +43,7 @@ def read_run(
 )->dict:             # `folder`, `method`, `target`, `nb`, `how`
     "What a study needs to know of a run. Raises `FadeError` when it is not finished."
     folder = Path(folder)
-    check((folder/'metrics.json').is_file(), f"{folder} is no finished run: give folders made by 'fade erase'.")
-    m,nb = load_json(folder/'metrics.json'),Neighborhood.load(folder/'neighborhood.json')
+    m,nb = finished_run(folder),Neighborhood.load(folder/'neighborhood.json')
     return dict(folder=folder, method=m.get('method','fade'), target=nb.target, nb=nb,
                 how=dict(model=m['model'], sampler=m['sampler'], template=m['template']))
 
@@ -197,7 +196,7 @@ def surest_of(
 def open_studio(runs:list[dict], seed:int, model:str|Path='', device:str='', dtype:str='float32')->Studio:
     "The untouched model that the runs began from. Raises `FadeError` for another one."
     how = runs[0]['how']
-    pipe = load_pipeline(model or ('' if how['model']['name']=='miniature' else how['model']['name']), device, dtype)
+    pipe = load_pipeline(base_model(how['model']['name'], model), device, dtype)
     check(model_fingerprint(pipe)==how['model']['fingerprint'], f"The runs were made with another model than {pipe.name_or_path}: give theirs, {how['model']['name']}.")
     return Studio(pipe, Sampler(**how['sampler']), how['template'], seed=seed)
 

@@ -235,12 +235,11 @@ def executor_for(
 ):
     "What starts the runs. Raises `FadeError` for an executor that is not there, or options that it does not have."
     check(executor in ('local','slurm','debug'), f"There is no executor '{executor}': choose local, slurm or debug.")
-    try: from submitit import AutoExecutor
-    except ImportError as e: raise FadeError('A sweep needs submitit: pip install submitit.') from e
+    from submitit import AutoExecutor
     try:
         res = AutoExecutor(folder, cluster=executor)
         res.update_parameters(**{'timeout_min':60*24 if executor=='slurm' else 60*24*365, 'name':'fade', **options})
-    except RuntimeError as e: raise FadeError(f'Cannot use {executor} here ({e}): choose --executor local.') from e
+    except RuntimeError as e: raise FadeError(f'Cannot use {executor} here ({e}): choose local (--executor).') from e
     except (NameError,AssertionError,TypeError,ValueError) as e: raise FadeError(f'The options do not suit {executor}: {str(e).splitlines()[0]}') from e
     return res
 
@@ -257,8 +256,8 @@ def alone(
     out:Path, # a sweep's folder
 ):
     "The folder is this sweep's inside the block. Raises `FadeError` when another sweep has it, or it cannot be written."
-    busy = f'Another sweep is working in {out}: wait for it, or choose another folder with --out.'
-    with locked(out/'.sweep'/'lock', busy, lambda why: f'Cannot write to {out} ({why}): choose another folder with --out.'): yield
+    busy = f'Another sweep is working in {out}: wait for it, or choose another folder (--out).'
+    with locked(out/'.sweep'/'lock', busy, lambda why: f'Cannot write to {out} ({why}): choose another folder (--out).'): yield
 
 # %% ../nbs/82_sweep.ipynb #07219bc5
 def surroundings(
@@ -341,8 +340,8 @@ def announce_sweep(notebook, out, runs, todo, workers, say)->dict:
     "Say what will be done and what it will cost; returns what the sweep's folder should remember. Raises `FadeError` in a folder of another notebook."
     code = fingerprint([c['source'] for c in load_json(notebook)['cells'] if c['cell_type']=='code'])
     about = load_json(out/'sweep.json') if (out/'sweep.json').is_file() else dict(schema=1, notebook=notebook.name, code=code)
-    check(isinstance(about,dict) and {'notebook','code'}<=about.keys(), f'{out} holds a sweep.json that is none: choose another folder with --out.')
-    check(about['notebook']==notebook.name, f"{out} is a sweep of {about['notebook']}: choose another folder with --out.")
+    check(isinstance(about,dict) and {'notebook','code'}<=about.keys(), f'{out} holds a sweep.json that is none: choose another folder (--out).')
+    check(about['notebook']==notebook.name, f"{out} is a sweep of {about['notebook']}: choose another folder (--out).")
     say(f"{notebook.name}: {len(runs)} run{'s'[:len(runs)>1]}, {len(runs)-len(todo)} finished, in {out}")
     if about['code']!=code: say(f'{notebook.name} has changed since this sweep began: finished runs are kept as they are.')
     say(cost(notebook, out, len(todo), workers))

@@ -45,7 +45,9 @@ class Recipe(Settings):
     def __post_init__(self):
         super().__post_init__()
         self.at_least(1, 'rank', 'steps', 'neighbours', 'images', 'trajectory', 'reuse', 'reuse_held')
-        self.one_of('form', ('paper','released')); self.one_of('unit', ('relative','absolute'))
+        self.one_of('form', ('paper','released'))
+        if self.form=='released': self.at_least(2, 'trajectory')
+        self.one_of('unit', ('relative','absolute'))
 
     @property
     def samples(self)->int: return self.batch+self.neighbours+self.anchors

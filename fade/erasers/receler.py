@@ -71,7 +71,7 @@ class Erasers:
         seed:int=0,          # of the random Down
         about:dict=None,     # what should be known of it
     ):
-        self.pipe,self.unet,self.name,self.about,self.is_on,self.added = pipe,pipe.unet,name,about or {},True,None
+        self.pipe,self.unet,self.name,self.about,self.is_on,self.added = pipe,pipe.unet,name,{**(about or {}), 'method':'receler'},True,None
         check(name not in changed(self.unet), f"The pipeline already has an edit '{name}': choose another name or detach it first.")
         self.grads = {p:p.requires_grad for p in self.unet.parameters()}
         at = {n:m for n,m in self.unet.named_modules() if n.endswith('attn2')}
@@ -161,11 +161,11 @@ def load(
     about = about or {}
     check_model(pipe, about, f'edit {path}')
     widths = {len(v) for n,v in ts.items() if n.endswith('down.bias')}
-    check(len(widths)==1, f'The file {path} holds no erasers.')
+    check(len(widths)==1, f'The file {path} holds no erasers: give one that Receler has saved.')
     edit = Erasers(pipe, widths.pop(), name, about=about)
     if {n:v.shape for n,v in ts.items()}!={n:p.shape for n,p in edit.params.items()}:
         edit.detach()
-        raise FadeError(f'The erasers {path} do not fit this model: its cross-attentions are others.')
+        raise FadeError(f'The erasers {path} do not fit this model, whose cross-attentions are others: load the model they were made for.')
     for n,p in edit.params.items(): p.data.copy_(ts[n]); p.requires_grad_(False)
     return edit
 
@@ -273,6 +273,7 @@ def erase(
 )->tuple[Erasers,list[dict]]: # attached and on; the losses of every step
     "Erase a neighbourhood's target with Receler. Raises `FadeError` at a loss that is not finite; the last good checkpoint stays."
     pipe,recipe = studio.pipe,recipe or recipe_for(studio.pipe, method='receler')
+    token_positions(pipe, nb.target, nb.target) # refuses a name that is too long, before anything is attached
     edit = Erasers(pipe, recipe.width, name, seed)
     wants_gradients(edit)
     v = torch.rand(recipe.tokens, encode_prompts(pipe, ['']).shape[-1], generator=generator('training',seed,'receler','opponent'))

@@ -115,7 +115,7 @@ class Membrane(Mesh):
         mesh:Mesh,   # attached; this takes its place
         concept:str, # the erased concept, as the gate should know it
     ):
-        super().__init__(mesh.pipe, mesh.name, {**mesh.about, 'gate':concept})
+        super().__init__(mesh.pipe, mesh.name, {**mesh.about, 'method':'spm', 'gate':concept})
         self.grads,self.strength,self.concept,self.known,self.rows = getattr(mesh,'grads',{}),mesh.strength,concept,{},None
         self.special = set(self.pipe.tokenizer.all_special_ids)
         self.tokens = set(self.pipe.tokenizer(concept).input_ids)-self.special
