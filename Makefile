@@ -6,7 +6,7 @@ PYTHON  ?= python3
 # Installed before everything else. A plain `torch` brings the CUDA build, several GB, where there is no use for it:
 # on Linux without a GPU say  make setup TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 TORCH   ?= torch==2.13.0
-# Notebooks whose outputs `make docs` renews: all, or for example NB="30_mesh 31_losses".
+# Notebooks whose outputs `make docs` renews: all, or for example NB="40_mesh 41_losses".
 NB      ?=
 
 space   := $(subst ,, )

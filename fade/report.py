@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['parts', 'figure', 'save_figure', 'plot_losses', 'before_after', 'read_record', 'finished_run', 'read_runs',
-           'interval', 'closing_table']
+           'interval', 'sign_flip', 'closing_table']
 
 # %% ../nbs/70_report.ipynb #2b7c3217
 import warnings
@@ -104,7 +104,7 @@ def read_runs(
         if not m: warnings.warn(f'{f} is no record of a run, or not a whole one: it is left out.')
         if not m or m['schema']!=2: continue
         row = dict(method=m['method'], target=m['target'], world=m.get('candidates',''), recipe=m['recipe']['name'], seed=m['seeds']['training'], seconds=m['seconds']['training'])
-        row |= {(p if k=='value' else f'{p}_{k}'):v for p in parts if m[p] for k,v in m[p].items()}
+        row |= {(p if k=='value' else f'{p}_{k}'):v for p in parts for k,v in (m[p] or dict.fromkeys(('value','low','high','untouched','n'), np.nan)).items()}
         row |= dict(frechet=(m.get('quality') or {}).get('frechet'), **m['unet'], weights=m['edit']['weights'], memory=m['peak_memory_bytes'], commit=m['versions']['commit'], folder=Path(f).parent.name)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -118,6 +118,14 @@ def interval(
     x = np.asarray(x, float)
     if len(x)<least: return np.nan,np.nan
     return tuple(np.quantile(np.random.default_rng(0).choice(x, (4000,len(x))).mean(1), [.025,.975]).tolist())
+
+def sign_flip(
+    x, # differences of pairs, such as two methods' scores of each target; at most 16
+)->float: # in (0,1]
+    "Two-sided p-value of a mean of 0: the share of all choices of signs that bring the mean as far from 0 as it is."
+    x = np.asarray(x, float)
+    signs = 1-2*((np.arange(2**len(x))[:,None]>>np.arange(len(x)))&1)
+    return float((abs(signs@x)>=abs(x.sum())-1e-12).mean())
 
 # %% ../nbs/70_report.ipynb #0f97e243
 def closing_table(

@@ -85,7 +85,7 @@ def forget_peak()->None:
 def settled(
     target:str, out:str|Path, model:str|Path='', candidates:str|Path='', k:int=5, method:str='fade', recipe:str='', steps:int=None,
     seed:int=0, n:int=25, template:str=templates[0], superclass:str='',
-    short=False, device='', dtype='float32', judge='', say=None, # not looked at here
+    short=False, device='', dtype='float32', judge='', say=None, # short, device and say are not looked at
     **changes,
 )->tuple: # target, its `ConceptSet`, the recipe, and the record if the run is finished, else `None`; arguments as in `run`
     "What a run is asked for. Raises `FadeError` for a name or number that cannot be, and for a finished run with other settings."
@@ -96,8 +96,10 @@ def settled(
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     if m := read_record(out):
         def flat(recipe): return {f'recipe.{f}':v for f,v in json.loads(json.dumps(recipe)).items()}
-        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'], **flat(m['recipe']))
-        now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, K=k, n=n, seed=seed, template=template, **flat(asdict(settings)))
+        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'])
+        now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, dtype=dtype, candidates=cs.name, superclass=cs.superclass, K=k, n=n, seed=seed, template=template)
+        if judge: was['judge'],now['judge'] = m['judge']['source'],Path(str(judge).replace('{}', cs.name)).name
+        if method==m['method']: was |= {**flat(asdict(type(settings)())), **flat(m['recipe'])}; now |= flat(asdict(settings)) # a field that the record does not know had its default
         for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder (--out).")
     return target,cs,settings,m
 
@@ -122,7 +124,7 @@ def run(
     **changes,                 # other fields of the recipe that should differ
 )->dict:                       # the record, as in `metrics.json`
     "Erase a concept and score it; a finished folder is returned as it is, a half-finished one is finished. Raises `FadeError` for whatever the user can mend."
-    target,cs,recipe,m = settled(target, out, model, candidates, k, method, recipe, steps, seed, n, template, superclass, **changes)
+    target,cs,recipe,m = settled(target, out, model, candidates, k, method, recipe, steps, seed, n, template, superclass, dtype=dtype, judge=judge, **changes)
     done = Path(out)/'metrics.json'
     if m:
         say(f'{done} is there: this run is finished. Choose another folder (--out) to run again.')
@@ -150,7 +152,7 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
     record = evaluate(studio, edit, nb, judge_for(studio, nb, judge, say), n)
     save_figure(before_after(studio, edit, nb), folder/'before_after.png')
     timed('evaluation', start); seconds['total'] = round(clock()-begin, 1)
-    model = dict(name=Path(str(studio.pipe.name_or_path)).name, fingerprint=edit.about['model'])
+    model = dict(name=Path(str(studio.pipe.name_or_path)).name, fingerprint=edit.about['model'], dtype=str(studio.pipe.unet.dtype).removeprefix('torch.'))
     metrics = dict(
         schema=2, method=method, target=target, candidates=nb.source, superclass=nb.superclass, neighbours=[dict(name=c, similarity=round(s,2)) for c,s in zip(nb.neighbours,nb.similarity)],
         **record, recipe=asdict(recipe), sampler=asdict(studio.sampler), template=studio.template, model=model,

@@ -4,10 +4,11 @@ import dataclasses
 import pytest
 import torch
 
+from fade.attention import token_positions
 from fade.core import FadeError, generator
 from fade.eraser import about_file, eraser, erasers, load_edit, recipe_for
 from fade.neighborhood import Studio, neighborhood
-from fade.pipeline import changed, encode_prompts, load_pipeline, model_fingerprint, predict_noise
+from fade.pipeline import changed, encode_prompts, load_pipeline, model_fingerprint, partway, predict_noise
 
 names = ["a photo of a hooded owl", "a photo of a hooded duck", "a photo of a crimson daisy", ""]
 
@@ -73,3 +74,40 @@ def test_recipes_are_complete_and_say_their_cost(method):
         assert isinstance(recipe, module.Recipe) and all(v >= 0 for v in recipe.forwards(100, 5).values())
     with pytest.raises(FadeError, match="its fields are"): recipe_for(None, method=method, leraning_rate=1)
     with pytest.raises(FadeError, match="choose one of"): recipe_for(None, "papre", method)
+
+
+@pytest.mark.parametrize("method", erasers())
+def test_what_the_authors_set_begins_to_train_and_costs_what_it_says(method, studio, nb):
+    recipe = recipe_for(studio.pipe, "authors", method)
+    assert recipe.name == getattr(eraser(method), "authors", next(iter(eraser(method).recipes)))
+    assert sum(recipe.forwards(100, 5).values()) >= 3 * recipe.steps * recipe.batch    # a forward and a backward of each sample
+    cheap = {k: v for k, v in dict(steps=1, batch=1, images=2, sampling=2, trajectory=2, inner=2).items() if k in vars(recipe)}
+    if recipe.steps == 0: cheap.pop("steps", None)
+    edit, _ = eraser(method).erase(studio, nb, dataclasses.replace(recipe, **cheap))
+    edit.detach()
+
+
+def test_recelers_opponent_seeks_the_concept_and_its_erasers_flee_it(studio, nb):
+    pipe, receler = studio.pipe, eraser("receler")
+    c, null = encode_prompts(pipe, [nb.target]), encode_prompts(pipe, [""])
+    at = token_positions(pipe, nb.target, nb.target)[-1]
+
+    def one_step(inner):
+        "The terms of the first step with silent erasers, and the frozen model's word on it: nothing, the concept, the attack before and after."
+        recipe = receler.Recipe(inner=inner, trajectory=4, local=0., eta=.5)
+        edit = receler.Erasers(pipe, 8)
+        opponent = receler.Opponent(torch.rand(4, c.shape[-1], generator=generator("tests", "opponent")), .1, 0.)
+        before = opponent.written(c, at)
+        terms = receler.step_loss(pipe, nb.target, edit, opponent, recipe)(0)
+        edit.detach()
+        g = generator("training", 0, "receler", 0)
+        stop, z = torch.randint(4, (), generator=g).item(), torch.randn(1, 4, 16, 16, generator=g)
+        x, t = partway(pipe, z, c, null, stop, 4, recipe.scale)
+        with torch.no_grad(): return terms, [predict_noise(pipe, x, t, e) for e in (null, c, before, opponent.written(c, at))]
+
+    def apart(a, b): return (a - b).pow(2).mean().item()
+    terms, (nothing, concept, attack, _) = one_step(1)
+    assert terms["erase"].item() == pytest.approx(apart(attack, nothing - .5 * (concept - nothing)), rel=1e-4)
+    terms, (_, concept, attack, learnt) = one_step(12)
+    assert apart(learnt, concept) < apart(attack, concept)
+    assert terms["opponent"].item() == pytest.approx(apart(learnt, concept), rel=.5)
