@@ -62,7 +62,7 @@ def judge_for(
     nb:Neighborhood,
     source:str|Path='', # a judge's folder or hub id, with {} for the concept set; the model's own when empty
     say=print,          # what to do with the line that says that CLIP judges
-):
+)->Judge|ZeroShotJudge: # images to the probability of each of its `names`
     "The judge of a run: the one asked for, or else the model's own where it knows all concepts, or else CLIP. Raises `FadeError` when the one asked for does not know them."
     concepts,why = [nb.target]+nb.names+nb.unrelated(seed=studio.seed),'the model names no judge'
     source = str(source or '').replace('{}', nb.source)

@@ -111,3 +111,20 @@ def test_recelers_opponent_seeks_the_concept_and_its_erasers_flee_it(studio, nb)
     terms, (_, concept, attack, learnt) = one_step(12)
     assert apart(learnt, concept) < apart(attack, concept)
     assert terms["opponent"].item() == pytest.approx(apart(learnt, concept), rel=.5)
+
+
+@pytest.mark.parametrize("method", erasers())
+def test_an_edit_made_in_float32_works_in_bfloat16(method, studio, nb, tmp_path):
+    edit, _ = eraser(method).erase(studio, nb, short(method, studio.pipe))
+    with edit.off(): model = model_fingerprint(studio.pipe)
+    edit.save(tmp_path / edit.file, method=method, model=model)
+    edit.detach()
+    half = load_pipeline(dtype="bfloat16")
+    x, c = torch.ones(1, 4, 16, 16, dtype=torch.bfloat16), encode_prompts(half, [nb.target])
+    with torch.no_grad():
+        before = predict_noise(half, x, 500, c)
+        edit = load_edit(half, tmp_path)
+        after = predict_noise(half, x, 500, encode_prompts(half, [nb.target]))    # embedded again, as SPM's gate asks
+    assert after.dtype == torch.bfloat16 and after.isfinite().all()
+    with edit.off(), torch.no_grad(): assert predict_noise(half, x, 500, c).equal(before)
+    edit.detach()

@@ -27,7 +27,7 @@ class Recipe(Settings):
     template:str='a photo of {}' # the sentence
     images:int=25             # of the concept
     decay:float=1e-2          # weight decay
-    clip:float=0.             # largest gradient norm; 0 for none
+    clip:float=1.             # largest gradient norm; 0 for none
     steps:int=35              # optimiser steps
     lr:float=2e-6             # learning rate
 
@@ -45,8 +45,7 @@ class Recipe(Settings):
 parts = dict(all='', attn2=cross_all, kv=cross_kv)
 
 # %% ../../nbs/53_fmn.ipynb #5430d5a3
-recipes = dict(paper=dict(weights='all', end=True, images=25, steps=35, lr=2e-6, batch=1, clip=1.),
-               later=dict(weights='all', end=True, images=25, steps=100, lr=2e-5, batch=1, clip=1.))
+recipes = dict(paper=dict(), later=dict(steps=100, lr=2e-5))
 
 # %% ../../nbs/53_fmn.ipynb #387ef475
 def attention_norm(

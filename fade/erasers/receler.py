@@ -49,7 +49,7 @@ class Recipe(Settings):
 
 # %% ../../nbs/56_receler.ipynb #6006ac07
 in_diffusers,alone = 'The edit is networks beside the U-Net, not weights of it, so plain diffusers cannot load it.',False # for a shared folder
-recipes = dict(paper=dict(steps=500, lr=3e-4, schedule='constant', batch=1, width=128, eta=1., local=.1, threshold=.1, tokens=16, inner=50, inner_lr=.1, inner_decay=.1, trajectory=50, scale=3.))
+recipes = dict(paper=dict())
 
 # %% ../../nbs/56_receler.ipynb #ce409d04
 class Eraser(nn.Module):

@@ -55,9 +55,7 @@ class Recipe(Settings):
 
 # %% ../../nbs/55_spm.ipynb #ed66ed5a
 in_diffusers = 'Plain diffusers loads the paths without the gate that asks how near a prompt is to the concept: they are at full strength for every prompt, and the scores above are not those of this program.' # for a shared folder
-recipes = dict(
-    paper=dict(steps=3000, lr=1e-4, schedule='restarts', batch=1, rank=1, alpha=1., hold=1000., anchors=4, empty=0, trajectory=30, scale=3.),
-    today=dict(steps=3000, lr=1e-4, schedule='restarts', batch=1, rank=1, alpha=1., hold=1000., anchors=4, empty=2, trajectory=30, scale=3.))
+recipes = dict(paper=dict(), today=dict(empty=2))
 
 # %% ../../nbs/55_spm.ipynb #790c1bc8
 def draw_anchors(
