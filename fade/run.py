@@ -99,7 +99,7 @@ def settled(
         was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'])
         now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, dtype=dtype, candidates=cs.name, superclass=cs.superclass, K=k, n=n, seed=seed, template=template)
         if judge: was['judge'],now['judge'] = m['judge']['source'],Path(str(judge).replace('{}', cs.name)).name
-        if method==m['method']: was |= {**flat(asdict(type(settings)())), **flat(m['recipe'])}; now |= flat(asdict(settings)) # a field that the record does not know had its default
+        if method==m['method']: was |= flat(m['recipe']); now |= flat(asdict(settings))
         for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder (--out).")
     return target,cs,settings,m
 
