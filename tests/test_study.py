@@ -20,7 +20,7 @@ def built(tmp_path_factory):
     nb = neighborhood(studio, "crimson daisy")
     nb.save(folder / "run" / "neighborhood.json")
     how = dict(model=dict(name="miniature", fingerprint=studio.model), sampler=vars(studio.sampler), template=studio.template)
-    save_json(folder / "run" / "metrics.json", dict(method="by hand", **how))
+    save_json(folder / "run" / "metrics.json", dict(schema=2, method="by hand", target=nb.target, **how))
     save_tensors(folder / "run" / "edit.safetensors",
                  {k: p * .5 for k, p in pipe.unet.named_parameters() if k.endswith("attn2.to_v.weight")})
     arguments = dict(per_concept=1, concepts=dict(neighbours=1, heldout=1, unrelated=1), examples=1)
