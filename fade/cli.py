@@ -138,6 +138,6 @@ def main(argv=None)->int:
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')
     try: return globals()[f'do_{a.command}'](a) or 0
     except FadeError as e: print(f'fade: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('\nfade: stopped; what is finished is kept.', file=sys.stderr); return 130
+    except KeyboardInterrupt: print('\nfade: stopped; what is finished is kept, and the same command goes on from here.', file=sys.stderr); return 130
     except BrokenPipeError: sys.stderr.close(); return 0
     except OSError as e: print(f'fade: The system says: {e}; check the path, its permissions and the free space.', file=sys.stderr); return 2

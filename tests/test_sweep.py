@@ -150,7 +150,7 @@ def test_two_at_once(place):
     ("grid: {wait: [1e-3]}", [], "with a point"),
     ("x: [1]", [], "below shared, grid or runs"),
     ("grid: [", [], "as YAML"),
-    ("grid: {x: [1]}", ["--executor", "slurm"], "choose --executor local"),
+    ("grid: {x: [1]}", ["--executor", "slurm"], "choose local (--executor)"),
     ("grid: {x: [1]}", ["--executor", "cloud"], "choose local, slurm or debug"),
     ("grid: {x: [1]}", ["--options", "colour=red"], "do not suit local"),
 ])
