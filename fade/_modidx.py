@@ -325,6 +325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'fade.pipeline.merged': ('pipeline.html#merged', 'fade/pipeline.py'),
                                'fade.pipeline.model_fingerprint': ('pipeline.html#model_fingerprint', 'fade/pipeline.py'),
                                'fade.pipeline.partway': ('pipeline.html#partway', 'fade/pipeline.py'),
+                               'fade.pipeline.precision': ('pipeline.html#precision', 'fade/pipeline.py'),
                                'fade.pipeline.predict_noise': ('pipeline.html#predict_noise', 'fade/pipeline.py'),
                                'fade.pipeline.sample_latents': ('pipeline.html#sample_latents', 'fade/pipeline.py'),
                                'fade.pipeline.sampler_for': ('pipeline.html#sampler_for', 'fade/pipeline.py'),

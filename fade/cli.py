@@ -62,7 +62,7 @@ def parser()->argparse.ArgumentParser:
     p = sub.add_parser('share', help='write a finished run as a folder for a hub'); p.add_argument('run', help='a run folder')
     p.add_argument('--out', required=True, help='the folder to write')
     p.add_argument('--repo', default='', help='its name on the hub, such as someone/fade-crimson-daisy')
-    p.add_argument('--model', default='', help="the base model's hub id (default: {of_run})")
+    p.add_argument('--model', default='', help=f"the base model's hub id (default: {of_run})")
     p.add_argument('--license', default='', help="the base model's licence, such as creativeml-openrail-m (default: apache-2.0 for the miniature)")
     p.add_argument('--push', action='store_true', help='upload the folder to the hub')
     p = sub.add_parser('concepts', help='list concept sets, or the names of one'); p.add_argument('set', nargs='?', help='a concept set')

@@ -6,7 +6,7 @@
 __all__ = ['default_device', 'load_pipeline', 'merged', 'settings_for', 'encode_prompts', 'predict_noise', 'Count', 'counting',
            'signal_levels', 'add_noise', 'Sampler', 'sampler_for', 'guided', 'denoise', 'sample_latents', 'ddim_for',
            'ddim_step', 'partway', 'decode', 'generate', 'active', 'activate', 'edits', 'changed', 'hidden',
-           'model_fingerprint', 'check_model', 'base_model', 'check_strength']
+           'model_fingerprint', 'precision', 'check_model', 'base_model', 'check_strength']
 
 # %% ../nbs/20_pipeline.ipynb #8e028a26
 import inspect
@@ -213,7 +213,6 @@ def ddim_for(
     return ddim
 
 def ddim_step(
-    pipe,
     ddim:DDIMScheduler, # from `ddim_for`
     said:torch.Tensor,  # the prediction at `t`, `(n,4,h,w)`
     t, after,           # a timestep, and the one to go to
@@ -221,7 +220,7 @@ def ddim_step(
 )->torch.Tensor:        # latents at `after`
     "One DDIM step, $\\eta=0$. The step of diffusers ends `1000//steps` timesteps on, which is where the next one begins for one kind of spacing only."
     x0 = ddim.step(said, t, x).pred_original_sample
-    now,then = signal_levels(pipe)[torch.stack([t,after])].to(x.dtype)
+    now,then = ddim.alphas_cumprod.to(x.device)[torch.stack([t,after])].to(x.dtype)
     return add_noise(x0, (x-now.sqrt()*x0)/(1-now).sqrt(), then)
 
 @torch.no_grad()
@@ -236,7 +235,7 @@ def partway(
     "Walk `stop` of `steps` guided DDIM steps with the model as it is now. Raises `FadeError` when that leaves no step to go."
     check(0<=stop<steps, f'A walk of {steps} steps cannot stop after {stop}: choose 0 to {steps-1}.')
     ddim = ddim_for(pipe, steps)
-    for t,after in zip(ddim.timesteps[:stop], ddim.timesteps[1:]): x = ddim_step(pipe, ddim, guided(pipe, x, t, embeds, null, scale), t, after, x)
+    for t,after in zip(ddim.timesteps[:stop], ddim.timesteps[1:]): x = ddim_step(ddim, guided(pipe, x, t, embeds, null, scale), t, after, x)
     return x, ddim.timesteps[stop]
 
 # %% ../nbs/20_pipeline.ipynb #5882c085
@@ -306,16 +305,21 @@ def model_fingerprint(
     return fingerprint(parts)
 
 # %% ../nbs/20_pipeline.ipynb #7bf6b018
+def precision(
+    pipe,
+)->str: # such as `float32`
+    "The dtype of the U-Net, as records have it."
+    return str(pipe.unet.dtype).removeprefix('torch.')
+
 def check_model(
     pipe,
     about:dict, # what a saved edit says of itself
     what:str,   # names it
 )->None:
     "Raise `FadeError` when the edit says that it was made for another model. Weights of another precision cannot be compared; then only their shapes are, where the edit is put in."
-    here,dtype = model_fingerprint(pipe),str(pipe.unet.dtype).removeprefix('torch.')
-    on = edits(pipe.unet)
+    here,on = model_fingerprint(pipe),edits(pipe.unet)
     remedy = f"load that model, or erase again on this one{' (' + ', '.join(on) + ' is on and may be all that differs: take it off and load it last)' if on else ''}"
-    check(about.get('model',here)==here or about.get('dtype','float32')!=dtype, f"The {what} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): {remedy}.")
+    check(about.get('model',here)==here or about.get('dtype','float32')!=precision(pipe), f"The {what} was made for the model {about.get('model_name','?')} ({about.get('model')}), and this one is {pipe.name_or_path} ({here}): {remedy}.")
 
 def base_model(
     name:str,          # in the record of a run

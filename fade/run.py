@@ -96,10 +96,9 @@ def settled(
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     if m := read_record(out):
         def flat(recipe): return {f'recipe.{f}':v for f,v in json.loads(json.dumps(recipe)).items()}
-        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'])
-        now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, dtype=dtype, candidates=cs.name, superclass=cs.superclass, K=k, n=n, seed=seed, template=template)
+        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'], **flat(m['recipe']))
+        now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, dtype=dtype, candidates=cs.name, superclass=cs.superclass, K=k, n=n, seed=seed, template=template, **flat(asdict(settings)))
         if judge: was['judge'],now['judge'] = m['judge']['source'],Path(str(judge).replace('{}', cs.name)).name
-        if method==m['method']: was |= flat(m['recipe']); now |= flat(asdict(settings))
         for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder (--out).")
     return target,cs,settings,m
 
@@ -152,7 +151,7 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
     record = evaluate(studio, edit, nb, judge_for(studio, nb, judge, say), n)
     save_figure(before_after(studio, edit, nb), folder/'before_after.png')
     timed('evaluation', start); seconds['total'] = round(clock()-begin, 1)
-    model = dict(name=Path(str(studio.pipe.name_or_path)).name, fingerprint=edit.about['model'], dtype=str(studio.pipe.unet.dtype).removeprefix('torch.'))
+    model = dict(name=Path(str(studio.pipe.name_or_path)).name, fingerprint=edit.about['model'], dtype=precision(studio.pipe))
     metrics = dict(
         schema=2, method=method, target=target, candidates=nb.source, superclass=nb.superclass, neighbours=[dict(name=c, similarity=round(s,2)) for c,s in zip(nb.neighbours,nb.similarity)],
         **record, recipe=asdict(recipe), sampler=asdict(studio.sampler), template=studio.template, model=model,
@@ -182,7 +181,7 @@ def trained(studio, nb, method, recipe, folder):
     save_json(folder/'history.json', history)
     if history: save_figure(plot_losses(history), folder/'losses.png')
     with edit.off(): model = model_fingerprint(studio.pipe)
-    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, model=model, dtype=str(studio.pipe.unet.dtype).removeprefix('torch.'), model_name=Path(str(studio.pipe.name_or_path)).name)
+    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, model=model, dtype=precision(studio.pipe), model_name=Path(str(studio.pipe.name_or_path)).name)
     for p in parts: p.unlink(missing_ok=True)
     return edit, cost, seconds
 

@@ -78,7 +78,7 @@ def bank(studio:Studio, nb:Neighborhood, recipe:Recipe, seed:int)->tuple[dict,li
             leave = ((which>=part[0])&(which<=part[-1])&(stop==i)).nonzero()[:,0]
             x[leave] = at[which[leave]-part[0]].float().cpu()
             on = (last[part]>i).nonzero()[:,0].to(pipe.device)
-            if len(on): at[on] = ddim_step(pipe, ddim, guided(pipe, at[on], t, embeds.expand(len(on),-1,-1), null, recipe.scale), t, ddim.timesteps[i+1], at[on])
+            if len(on): at[on] = ddim_step(ddim, guided(pipe, at[on], t, embeds.expand(len(on),-1,-1), null, recipe.scale), t, ddim.timesteps[i+1], at[on])
     t = ddim.timesteps.cpu()[stop]
     c,n = (frozen(pipe, x, t, [p]*recipe.draws, studio.sampler.batch, 'frozen predictions') for p in (nb.target,''))
     return dict(x=x, t=t, y=away(c, n, recipe.eta, recipe.base)), []
@@ -96,14 +96,15 @@ def frozen_loss(pipe, rows:dict, target:str, recipe:Recipe):
 def student_loss(pipe, edit, target:str, recipe:Recipe, seed:int):
     "Step number to the loss, with a walk by the model in training."
     c,null,size = encode_prompts(pipe, [target]),encode_prompts(pipe, ['']),pipe.unet.config.sample_size
-    width = len(signal_levels(pipe))//recipe.trajectory # of a bin
+    T = len(signal_levels(pipe))
+    width = T//recipe.trajectory # of a bin
     def loss(step):
         g = generator('training',seed,'esd',step)
         stop = torch.randint(recipe.trajectory, (), generator=g).item()
         z = torch.randn(recipe.batch, pipe.unet.config.in_channels, size, size, generator=g).to(pipe.device, c.dtype)
         embeds = c.expand(recipe.batch,-1,-1)
         x,t = partway(pipe, z, embeds, null, stop, recipe.trajectory, recipe.scale)
-        t = (t//width*width+torch.randint(width, (), generator=g).item()).clamp(max=len(signal_levels(pipe))-1) # anywhere in its bin
+        t = (t//width*width+torch.randint(width, (), generator=g).item()).clamp(max=T-1) # anywhere in its bin
         with torch.no_grad(), edit.off(): n,o = predict_noise(pipe, torch.cat([x,x]), t, torch.cat([null.expand_as(embeds),embeds])).chunk(2)
         return dict(loss=squared(predict_noise(pipe, x, t, embeds).float(), away(o, n, recipe.eta, recipe.base).float()).mean())
     return loss
