@@ -96,7 +96,7 @@ def settled(
     check(n>=1, f'{n} images a concept cannot be scored: choose 1 or more.')
     if m := read_record(out):
         def flat(recipe): return {f'recipe.{f}':v for f,v in json.loads(json.dumps(recipe)).items()}
-        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'], **flat(m['recipe']))
+        was = dict(target=m['target'], method=m['method'], model=m['model']['name'], dtype=m['model'].get('dtype','float32'), candidates=m['candidates'], superclass=m['superclass'], K=len(m['neighbours']), n=m['a_er']['n'], seed=m['seeds']['training'], template=m['template'], **{**flat(asdict(type(settings)())), **flat(m['recipe'])}) # an older record may lack a field
         now = dict(target=target, method=method, model=Path(str(model or data_path('miniature'))).name, dtype=dtype, candidates=cs.name, superclass=cs.superclass, K=k, n=n, seed=seed, template=template, **flat(asdict(settings)))
         if judge: was['judge'],now['judge'] = m['judge']['source'],Path(str(judge).replace('{}', cs.name)).name
         for f in was: check(f not in now or was[f]==now[f], f"{out} is a finished run of {m['method']} for '{m['target']}' with {f} {was[f]}, not {now.get(f)}: give the same settings, or choose another folder (--out).")
