@@ -50,6 +50,7 @@ def plot_losses(
     ax.set(xlabel='optimiser step', ylabel=f'loss term (mean of {window} steps)', title='Loss terms over the steps')
     ax.set_yscale('symlog', linthresh=1e-4) # adjacency begins at exactly zero
     ax.set_ylim(bottom=0)
+    sns.move_legend(ax, 'upper left', bbox_to_anchor=(1,1), frameon=False)
     return fig
 
 # %% ../nbs/70_report.ipynb #7c07212f
@@ -68,7 +69,7 @@ def before_after(
     fig,axs = figure(1.2+1.3*n, .72*len(concepts)+.3, len(concepts), 2*n)
     for images,part in ((before,axs[:,:n]),(after,axs[:,n:])):
         for o,ax in zip(to_pil(images), part.flat): ax.imshow(o); ax.axis('off')
-    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01)
+    fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.01, hspace=.01, rect=(.01,0,.99,1))
     for c,ax in zip(concepts,axs[:,0]): ax.text(-.15, .5, c, transform=ax.transAxes, ha='right', va='center', fontsize=8)
     axs[0,0].set_title('before', loc='left'); axs[0,n].set_title('after', loc='left')
     return fig
