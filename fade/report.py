@@ -43,7 +43,7 @@ def plot_losses(
 ):
     "The terms of the loss over the steps; returns the figure."
     d = pd.DataFrame(history)
-    terms = [c for c in d if c not in ('step','lr','loss')]
+    terms = [c for c in d if c not in ('step','lr','loss')] or ['loss'] # ESD has one term
     d[terms] = d[terms].rolling(window, 1).mean()
     fig,ax = figure(5,3)
     sns.lineplot(d.melt('step', terms, 'term'), x='step', y='value', hue='term', ax=ax)

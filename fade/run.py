@@ -146,7 +146,7 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
     nb.save(folder/'neighborhood.json')
     say('neighbours: '+', '.join(f'{c} ({s:.0f})' for c,s in zip(nb.neighbours,nb.similarity)))
     timed('neighborhood', start); start = clock()
-    edit,cost,seconds['training'] = trained(studio, nb, method, recipe, folder)
+    edit,cost,seconds['training'] = trained(studio, nb, method, recipe, folder, say)
     start = clock()
     record = evaluate(studio, edit, nb, judge_for(studio, nb, judge, say), n)
     save_figure(before_after(studio, edit, nb), folder/'before_after.png')
@@ -156,14 +156,14 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
         schema=2, method=method, target=target, candidates=nb.source, superclass=nb.superclass, neighbours=[dict(name=c, similarity=round(s,2)) for c,s in zip(nb.neighbours,nb.similarity)],
         **record, recipe=asdict(recipe), sampler=asdict(studio.sampler), template=studio.template, model=model,
         edit=dict(file=edit.file, layers=len(edit.layers), weights=sum(p.numel() for p in edit.params.values()), norm=round(edit.norm(),4)), unet=cost,
-        seeds=dict(training=studio.seed, evaluation=studio.seed, streams='disjoint by purpose'), seconds=seconds, peak_memory_bytes=peak_memory(), versions=versions())
+        seeds=dict(training=studio.seed, evaluation=studio.seed, streams='disjoint by purpose'), seconds=seconds, peak_memory_bytes=peak_memory(), versions=dict(versions(), trained=edit.about.get('commit')))
     edit.detach()
     save_json(folder/'metrics.json', metrics)
     say(closing_table(metrics))
     return load_json(folder/'metrics.json')
 
 # %% ../nbs/80_run.ipynb #c4a62ed0
-def trained(studio, nb, method, recipe, folder):
+def trained(studio, nb, method, recipe, folder, say=print):
     "The edit, attached and on, from the folder or made now, what making it asked of the U-Net, and its seconds."
     about = json.loads(json.dumps(dict(method=method, target=nb.target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed)))
     parts = [folder/f'{name}.safetensors' for name in ('bank','checkpoint')]
@@ -173,6 +173,7 @@ def trained(studio, nb, method, recipe, folder):
             check({'unet','model',*about}<=was.keys(), f'{saved} is no edit that a run made.')
         except FadeError as e: set_aside(saved, e); continue
         check(all(was[k]==v for k,v in about.items()), f'{folder} holds an edit that was made with other settings: choose another folder (--out).')
+        say(f'{saved} is there and is scored as it is: remove it to train again.')
         return load_edit(studio.pipe, saved), was['unet'], was.get('seconds')
     fresh = not any(p.exists() for p in parts)
     start = time.monotonic()
@@ -181,7 +182,7 @@ def trained(studio, nb, method, recipe, folder):
     save_json(folder/'history.json', history)
     if history: save_figure(plot_losses(history), folder/'losses.png')
     with edit.off(): model = model_fingerprint(studio.pipe)
-    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, model=model, dtype=precision(studio.pipe), model_name=Path(str(studio.pipe.name_or_path)).name)
+    edit.save(folder/edit.file, **about, unet=cost, seconds=seconds, commit=versions()['commit'], model=model, dtype=precision(studio.pipe), model_name=Path(str(studio.pipe.name_or_path)).name)
     for p in parts: p.unlink(missing_ok=True)
     return edit, cost, seconds
 

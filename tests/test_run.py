@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -103,6 +104,16 @@ def test_a_finished_run_is_left_alone(whole):
     done = subprocess.run(command + [str(folder)], capture_output=True, text=True)
     assert done.returncode == 0 and "finished" in done.stdout
     assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+
+def test_an_edit_whose_record_is_lost_is_scored_again(whole, tmp_path):
+    folder, m = whole
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    lines = []
+    again = run("hooded owl", tmp_path / "run", seed=3, **{**small, "say": lines.append})
+    assert any("scored as it is: remove it to train again" in line for line in lines)
+    assert same(again, m) and again["seconds"]["training"] == m["seconds"]["training"] and again["versions"]["trained"] == m["versions"]["trained"]
 
 
 def test_a_torn_cache_file_is_set_aside(tmp_path, monkeypatch):
