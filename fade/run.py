@@ -163,7 +163,7 @@ def stages(studio, folder, target, candidates, k, method, recipe, n, superclass,
     return load_json(folder/'metrics.json')
 
 # %% ../nbs/80_run.ipynb #c4a62ed0
-def trained(studio, nb, method, recipe, folder, say=print):
+def trained(studio, nb, method, recipe, folder, say):
     "The edit, attached and on, from the folder or made now, what making it asked of the U-Net, and its seconds."
     about = json.loads(json.dumps(dict(method=method, target=nb.target, neighbours=nb.neighbours, recipe=asdict(recipe), seed=studio.seed)))
     parts = [folder/f'{name}.safetensors' for name in ('bank','checkpoint')]
