@@ -79,7 +79,7 @@ def test_a_damaged_training_is_begun_again(tmp_path):
     studio = Studio(load_pipeline())
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        trained(studio, neighborhood(studio, "hooded owl"), "fade", recipe_for(studio.pipe, steps=2), tmp_path)
+        trained(studio, neighborhood(studio, "hooded owl"), "fade", recipe_for(studio.pipe, steps=2), tmp_path, print)
     assert all(any(f"{name}.set-aside" in str(w.message) for w in seen) for name in ("bank", "checkpoint"))
 
 
