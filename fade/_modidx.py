@@ -346,6 +346,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'fade.run.forget_peak': ('run.html#forget_peak', 'fade/run.py'),
                           'fade.run.one_run': ('run.html#one_run', 'fade/run.py'),
                           'fade.run.peak_memory': ('run.html#peak_memory', 'fade/run.py'),
+                          'fade.run.rescore': ('run.html#rescore', 'fade/run.py'),
                           'fade.run.run': ('run.html#run', 'fade/run.py'),
                           'fade.run.run_folder': ('run.html#run_folder', 'fade/run.py'),
                           'fade.run.run_many': ('run.html#run_many', 'fade/run.py'),

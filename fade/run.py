@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['run_folder', 'expected_forwards', 'seconds_a_forward', 'versions', 'peak_memory', 'forget_peak', 'settled', 'run',
-           'stages', 'trained', 'announce', 'one_run', 'run_many']
+           'stages', 'trained', 'announce', 'rescore', 'one_run', 'run_many']
 
 # %% ../nbs/80_run.ipynb #af2b0707
-import json, platform, shutil, subprocess, time
+import hashlib, json, platform, shutil, subprocess, time
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -198,6 +198,29 @@ def announce(studio, target, cs, k, method, recipe, n, short, say)->None:
     say(f"erasing '{target}' from {Path(str(studio.pipe.name_or_path)).name} with {method}, recipe '{recipe.name}', {recipe.steps} steps, {len(near)-1} candidates")
     say(f"at most {sum(forwards.values()):,} U-Net sample-forwards, about {sum(forwards.values())*one/60:.1f} minutes on {studio.pipe.device.type}: "+', '.join(f'{v:,} {name}' for name,v in forwards.items() if v))
     if not short and missing>4*brief: say(f'a shortlist of the candidates (--shortlist) would need {brief:,} images of the untouched model, not {missing:,}')
+
+# %% ../nbs/80_run.ipynb #5b8e0d34
+def rescore(
+    studio:Studio,        # the untouched model
+    folder:str|Path,      # a finished run's
+    nb:Neighborhood,      # what is scored, the run's own or another of its target
+    judge,                # as from `judge_for`
+    n:int=25,             # images a concept
+    how:str='',           # a word for another way to load the edit
+    attached=load_edit,   # that way: pipeline and file to the edit, attached and on
+)->dict:                  # as from `evaluate`
+    "Scores of a run's edit, from its folder or made now. Raises `FadeError` where no edit is."
+    edit = edit_file(folder)
+    check(edit, f"{folder} holds no edit: give a folder made by 'fade erase'.")
+    asked = [hashlib.sha256(edit.read_bytes()).hexdigest(), studio.key('evaluation', nb.target, studio.by_judge(judge)), asdict(nb), n, how]
+    file = Path(folder)/f'scores-{fingerprint(asked)}.json'
+    try: return load_json(file)
+    except FadeError as e:
+        if file.exists(): set_aside(file, e)
+    edit = attached(studio.pipe, edit)
+    try: save_json(file, evaluate(studio, edit, nb, judge, n))
+    finally: edit.detach()
+    return load_json(file)
 
 # %% ../nbs/80_run.ipynb #8f6434a3
 def one_run(job:dict):
