@@ -1,4 +1,6 @@
 """Every experiment template runs under plain papermill with its defaults, and writes its `metrics.json` last."""
+import subprocess
+import sys
 from pathlib import Path
 
 import papermill
@@ -19,6 +21,11 @@ def test_defaults_run(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     papermill.execute_notebook(folder / f"{name}.ipynb", tmp_path / "out.ipynb", dict(out=str(tmp_path / "run")), cwd=str(folder), progress_bar=False)
     assert load_json(tmp_path / "run" / "metrics.json")["schema"] in (1, 2)  # a run has 2
+
+
+def test_the_first_page_runs():
+    "Here, not among the component notebooks, where it would keep a worker waiting as the last and one of the longest."
+    subprocess.run([Path(sys.executable).with_name("nbdev_test"), "--path", "nbs/index.ipynb"], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("file", sorted((folder / "params").glob("*.yaml")), ids=lambda p: p.stem)
