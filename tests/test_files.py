@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from fade.cli import main
 from fade.core import FadeError, data_path, load_json, load_tensors, save_json, save_tensors
 from fade.eraser import recipe_for
-from fade.neighborhood import Studio, neighborhood
+from fade.metrics import judge_for
+from fade.neighborhood import Neighborhood, Studio, neighborhood
 from fade.pipeline import Sampler, generate, load_pipeline
-from fade.run import run, trained
+from fade.run import rescore, run, trained
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,17 @@ def test_a_damaged_training_is_begun_again(tmp_path):
         warnings.simplefilter("always")
         trained(studio, neighborhood(studio, "hooded owl"), "fade", recipe_for(studio.pipe, steps=2), tmp_path, print)
     assert all(any(f"{name}.set-aside" in str(w.message) for w in seen) for name in ("bank", "checkpoint"))
+
+
+def test_damaged_scores_are_made_again(whole, tmp_path):
+    shutil.copy(whole[0] / "edit.safetensors", tmp_path)
+    studio, nb = Studio(load_pipeline()), Neighborhood.load(whole[0] / "neighborhood.json")
+    few = replace(nb, names=nb.names[:3], similarity=nb.similarity[:3], k=1)
+    judge = judge_for(studio, few)
+    first = rescore(studio, tmp_path, few, judge, 1)
+    file, = tmp_path.glob("scores-*.json")
+    file.write_text("{")
+    with pytest.warns(UserWarning, match="set aside"): assert rescore(studio, tmp_path, few, judge, 1) == first
 
 
 def test_damaged_results_that_ship_are_left_alone(tmp_path):
