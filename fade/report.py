@@ -43,11 +43,12 @@ def plot_losses(
 ):
     "The terms of the loss over the steps; returns the figure."
     d = pd.DataFrame(history)
-    terms = [c for c in d if c not in ('step','lr','loss')] or ['loss'] # ESD has one term
+    terms = [c for c in d if c not in ('step','lr')]
+    if len(terms)>2: terms = [c for c in terms if c!='loss'] # their sum; ESD has it alone, Forget-Me-Not beside a measurement
     d[terms] = d[terms].rolling(window, 1).mean()
     fig,ax = figure(5,3)
     sns.lineplot(d.melt('step', terms, 'term'), x='step', y='value', hue='term', ax=ax)
-    ax.set(xlabel='optimiser step', ylabel=f'loss term (mean of {window} steps)', title='Loss terms over the steps')
+    ax.set(xlabel='optimiser step', ylabel=f'mean of {window} steps', title='Loss terms over the steps')
     ax.set_yscale('symlog', linthresh=1e-4) # adjacency begins at exactly zero
     ax.set_ylim(bottom=0)
     sns.move_legend(ax, 'upper left', bbox_to_anchor=(1,1), frameon=False)
