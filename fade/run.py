@@ -209,7 +209,8 @@ def rescore(
     how:str='',           # a word for another way to load the edit
     attached=load_edit,   # that way: pipeline and file to the edit, attached and on
 )->dict:                  # as from `evaluate`
-    "Scores of a run's edit, from its folder or made now. Raises `FadeError` where no edit is."
+    "Scores of a run's edit, from its folder or made now. Raises `FadeError` where no edit is, and for `how` without `attached` or the reverse."
+    check(bool(how)==(attached is not load_edit), 'Scores of an edit that is loaded another way are kept under a word of their own: give how and attached, or neither.')
     edit = edit_file(folder)
     check(edit, f"{folder} holds no edit: give a folder made by 'fade erase'.")
     asked = [hashlib.sha256(edit.read_bytes()).hexdigest(), studio.key('evaluation', nb.target, studio.by_judge(judge)), asdict(nb), n, how]
