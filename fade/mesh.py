@@ -194,6 +194,8 @@ def load(
     check(name not in getattr(pipe.unet,'peft_config',{}), f"The pipeline already has an adapter '{name}': choose another name or detach it first.")
     paths = read_lora(pipe, path)
     check_paths(pipe.unet, paths, f'mesh {path}')
+    rank = header.get('unet.r')
+    check(not rank or header.get('unet.rank_pattern') or all(len(down)==rank for down,_ in paths.values()), f'The header of the mesh {path} says rank {rank}, and its weights have another: it is not whole, download or train it again.')
     on,grads = active(pipe.unet),{p:p.requires_grad for p in pipe.unet.parameters()}
     try:
         with side_by_side(): pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name, use_safetensors=True)
