@@ -7,6 +7,7 @@
 
 With `--check` nothing is written: what differs is listed and the exit code is 1.
 """
+
 import argparse
 import difflib
 import multiprocessing
@@ -26,7 +27,10 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS, LIB = Path("nbs"), Path("fade")  # every path below is relative to ROOT, where `main` goes first
+NBS, LIB = (
+    Path("nbs"),
+    Path("fade"),
+)  # every path below is relative to ROOT, where `main` goes first
 FIGURES = NBS / "index_files"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -42,6 +46,7 @@ def fail(*lines):
 
 
 # --- badges -----------------------------------------------------------------------------------------------------------
+
 
 def pages():
     "The notebooks that a reader opens: components, index and experiment templates."
@@ -61,10 +66,16 @@ def name_owner(text):
     def colab(link):
         return colab_url(link["path"]) if Path(link["path"]).exists() else link[0]
 
-    text = re.sub(r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/(?P<path>[^\s)\"'<>]+)",
-                  colab, text)
-    return re.sub(rf"((?:git\+|git clone )https://github\.com/)[^/\s]+/{re.escape(config.repo)}\b",
-                  rf"\g<1>{config.user}/{config.repo}", text)
+    text = re.sub(
+        r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/(?P<path>[^\s)\"'<>]+)",
+        colab,
+        text,
+    )
+    return re.sub(
+        rf"((?:git\+|git clone )https://github\.com/)[^/\s]+/{re.escape(config.repo)}\b",
+        rf"\g<1>{config.user}/{config.repo}",
+        text,
+    )
 
 
 def put_badge(source, path):
@@ -73,20 +84,28 @@ def put_badge(source, path):
     lines = source.splitlines()
     at = next((i for i, line in enumerate(lines) if line.startswith(BADGE_START)), None)
     if at is None:
-        ends = (i for i in range(1, len(lines)) if lines[i - 1].startswith(">") and not lines[i].startswith(">"))
+        ends = (
+            i
+            for i in range(1, len(lines))
+            if lines[i - 1].startswith(">") and not lines[i].startswith(">")
+        )
         at = next(ends, len(lines))
         lines.insert(at, badge)
     lines[at] = badge
     # without empty lines around it the badge would be drawn inside the quotation or the text
-    if any(lines[at + 1:at + 2]): lines.insert(at + 1, "")
-    if lines[at - 1]: lines.insert(at, "")
+    if any(lines[at + 1 : at + 2]):
+        lines.insert(at + 1, "")
+    if lines[at - 1]:
+        lines.insert(at, "")
     return "\n".join(lines)
 
 
 def put_install(cells):
     "`cells` with the install cell second."
     install = INSTALL % get_config().git_url
-    old = [cell for cell in cells if cell.cell_type == "code" and cell.source.startswith(INSTALL_START)]
+    old = [
+        cell for cell in cells if cell.cell_type == "code" and cell.source.startswith(INSTALL_START)
+    ]
     cell = old[0] if old else mk_cell(install, id="install")
     cell.source, cell.execution_count = install, None
     rest = [cell for cell in cells if not any(cell is o for o in old)]
@@ -97,7 +116,8 @@ def badges(args):
     "Write the Colab badge and the install cell of every page, and the owner in every link to this repository."
     stale = []
     for path in sorted(NBS.rglob("*.ipynb")):
-        if any(part.startswith(".") for part in path.parts): continue
+        if any(part.startswith(".") for part in path.parts):
+            continue
         notebook = read_nb(path)
         if path in pages():
             first = notebook.cells[0]
@@ -105,18 +125,23 @@ def badges(args):
                 fail(f"{path}: the first cell has to be markdown and start with '# ', the title.")
             first.source = put_badge(first.source, path.as_posix())
             notebook.cells = put_install(notebook.cells)
-        for cell in notebook.cells: cell.source = name_owner(cell.source)
+        for cell in notebook.cells:
+            cell.source = name_owner(cell.source)
         if nb2str(notebook) != path.read_text(encoding="utf-8"):
             stale.append(path)
-            if not args.check: write_nb(notebook, path)
+            if not args.check:
+                write_nb(notebook, path)
     report("badges", stale, args.check, "run `make docs`")
 
 
 # --- sync -------------------------------------------------------------------------------------------------------------
 
+
 def nbdev(command, folder="."):
     "Run one of nbdev's own commands in `folder`."
-    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}  # with it nbdev_export does nothing
+    env = {
+        key: value for key, value in os.environ.items() if key != "IN_TEST"
+    }  # with it nbdev_export does nothing
     subprocess.run([Path(sys.executable).with_name(command)], cwd=folder, env=env, check=True)
 
 
@@ -124,10 +149,14 @@ def regenerate(folder):
     "Export and clean the notebooks of the checkout in `folder`."
     # nbdev_export leaves a module behind when its notebook goes
     for module in (folder / LIB).glob("*.py"):
-        origin = re.search(r"^# AUTOGENERATED! .* File to edit: (\S+)\.$", module.read_text(encoding="utf-8"), re.M)
-        if origin and not (module.parent / origin[1]).exists(): module.unlink()
+        origin = re.search(
+            r"^# AUTOGENERATED! .* File to edit: (\S+)\.$", module.read_text(encoding="utf-8"), re.M
+        )
+        if origin and not (module.parent / origin[1]).exists():
+            module.unlink()
     nbdev("nbdev_clean", folder)
-    for page in (folder / NBS / "results").glob("*.ipynb"): tidy(page)
+    for page in (folder / NBS / "results").glob("*.ipynb"):
+        tidy(page)
     nbdev("nbdev_export", folder)
 
 
@@ -137,17 +166,37 @@ def tidy(path):
     page.metadata.pop("widgets", None)
     for cell in page.cells:
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
+            cell.outputs = [
+                o
+                for o in cell.outputs
+                if o.get("name") != "stderr" and WIDGET not in o.get("data", {})
+            ]
     text = nb2str(page)
-    if text != path.read_text(encoding="utf-8"): path.write_text(text, encoding="utf-8")
+    if text != path.read_text(encoding="utf-8"):
+        path.write_text(text, encoding="utf-8")
 
 
 def copy_checkout(folder):
     "Copy to `folder` what nbdev reads, as it is in the work tree, leaving out what git ignores."
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard",
-                             "settings.ini", str(NBS), str(LIB)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [
+            "git",
+            "ls-files",
+            "-z",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "settings.ini",
+            str(NBS),
+            str(LIB),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     for name in map(Path, listed.split("\0")[:-1]):
-        if not name.is_file(): continue  # deleted, but not yet in git's eyes
+        if not name.is_file():
+            continue  # deleted, but not yet in git's eyes
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, folder / name)
 
@@ -175,32 +224,52 @@ def sync(args):
         names = f"{path} as it is", f"{path} as it should be"
         changes = list(difflib.unified_diff(before, after, *names, lineterm="", n=1))
         print(*changes[:30], sep="\n")
-        if len(changes) > 30: print(f"... and {len(changes) - 30} more lines")
-    report("sync", stale, True, "a notebook was edited: run `make export`",
-           "a module in fade/ was edited: run `nbdev_update`, then `make export`")
+        if len(changes) > 30:
+            print(f"... and {len(changes) - 30} more lines")
+    report(
+        "sync",
+        stale,
+        True,
+        "a notebook was edited: run `make export`",
+        "a module in fade/ was edited: run `nbdev_update`, then `make export`",
+    )
 
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
+
 
 def execute(path):
     "Run the notebook at `path` as `nbdev_test` does and store what its cells show; the result says what went wrong."
     path = path.resolve()
     sys.path.insert(0, str(ROOT))
     flags = set(get_config().tst_flags.split())
-    page, runnable = read_nb(path), NBProcessor(path).nb  # the page keeps its `#|` lines, the runnable has none
-    shell = CaptureShell(path, mpl_format="png")  # the default, retina, stores four times the pixels
+    page, runnable = (
+        read_nb(path),
+        NBProcessor(path).nb,
+    )  # the page keeps its `#|` lines, the runnable has none
+    shell = CaptureShell(
+        path, mpl_format="png"
+    )  # the default, retina, stores four times the pixels
 
     def skipped(cell):
         directives = getattr(cell, "directives_", {})
-        if cell.cell_type != "code" or flags & directives.keys() or directives.get("eval:") == ["false"]: return True
+        if (
+            cell.cell_type != "code"
+            or flags & directives.keys()
+            or directives.get("eval:") == ["false"]
+        ):
+            return True
         cell.outputs = []
         return False
 
     with working_directory(path.parent):
-        try: shell.run_all(runnable, exc_stop=True, preproc=skipped)
-        except BaseException: return shell.prettytb(path.relative_to(ROOT))
+        try:
+            shell.run_all(runnable, exc_stop=True, preproc=skipped)
+        except BaseException:
+            return shell.prettytb(path.relative_to(ROOT))
     for number, (cell, ran) in enumerate(zip(page.cells, runnable.cells), 1):
-        if cell.cell_type != "code": continue
+        if cell.cell_type != "code":
+            continue
         cell.outputs = ran.outputs
         if found := private_paths(cell.outputs):
             return f"{path.relative_to(ROOT)}, cell {number} names a folder of this machine: {', '.join(found)}"
@@ -210,7 +279,12 @@ def execute(path):
 def private_paths(outputs):
     "The folders of this machine that the text of `outputs` names."
     shown = [output.get("text", "") for output in outputs]
-    shown += [text for output in outputs for kind, text in output.get("data", {}).items() if kind.startswith("text/")]
+    shown += [
+        text
+        for output in outputs
+        for kind, text in output.get("data", {}).items()
+        if kind.startswith("text/")
+    ]
     shown = "\n".join(text if isinstance(text, str) else "".join(text) for text in shown)
     folders = {str(ROOT), str(Path.home()), sys.prefix, sys.base_prefix, tempfile.gettempdir()}
     return sorted(folder for folder in folders if re.search(re.escape(folder) + r"\b", shown))
@@ -219,9 +293,15 @@ def private_paths(outputs):
 def outputs(args):
     "Run the component notebooks, each in a process of its own, and store their outputs."
     # no bars, no libraries' notes and a fixed hash seed: two runs store the same
-    os.environ.update(TQDM_DISABLE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error", PYTHONHASHSEED="0")
+    os.environ.update(
+        TQDM_DISABLE="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+        TRANSFORMERS_VERBOSITY="error",
+        PYTHONHASHSEED="0",
+    )
     paths = [NBS / f"{Path(name).stem}.ipynb" for name in args.names] or sorted(NBS.glob("*.ipynb"))
-    if missing := [str(path) for path in paths if not path.exists()]: fail(f"no such notebook: {', '.join(missing)}")
+    if missing := [str(path) for path in paths if not path.exists()]:
+        fail(f"no such notebook: {', '.join(missing)}")
     failed = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for path, problem in zip(paths, pool.imap(execute, paths)):
@@ -230,19 +310,25 @@ def outputs(args):
                 failed.append(path)
                 print(problem, file=sys.stderr)
     nbdev("nbdev_clean")
-    if failed: fail(f"outputs: left as they were: {', '.join(map(str, failed))}")
+    if failed:
+        fail(f"outputs: left as they were: {', '.join(map(str, failed))}")
 
 
 # --- readme -----------------------------------------------------------------------------------------------------------
 
+
 def from_root(text):
     "`text` of a notebook in nbs/ with its relative links made relative to the repository's root."
+
     def moved(link):
         before, target = link.groups()
-        if re.match(r"[a-z]+:|[#/]", target): return link[0]
+        if re.match(r"[a-z]+:|[#/]", target):
+            return link[0]
         return before + posixpath.normpath(posixpath.join(NBS.as_posix(), target))
 
-    def move(part): return re.sub(r"""(\]\(|(?:src|href)=["'])([^\s)"']+)""", moved, part)
+    def move(part):
+        return re.sub(r"""(\]\(|(?:src|href)=["'])([^\s)"']+)""", moved, part)
+
     # odd parts are code, where `a[0](b)` is not a link
     parts = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
     return "".join(part if i % 2 else move(part) for i, part in enumerate(parts))
@@ -251,17 +337,22 @@ def from_root(text):
 def readable(cells):
     "`cells` as they stand in the README: no hidden cells, no install cell, no `#|` lines."
     for cell in cells:
-        if cell.cell_type == "markdown": cell.source = from_root(cell.source)
+        if cell.cell_type == "markdown":
+            cell.source = from_root(cell.source)
         if cell.cell_type == "code":
             marks = re.findall(r"^\s*#\s*\|\s*(.+?)\s*$", cell.source, re.M)
             cell.source = re.sub(r"^\s*#\s*\|.*\n?", "", cell.source, flags=re.M)
-            if "hide" in marks or cell.source.startswith(INSTALL_START) or not cell.source.strip(): continue
-            if "echo: false" in marks: cell.metadata.transient = {"remove_source": True}
+            if "hide" in marks or cell.source.startswith(INSTALL_START) or not cell.source.strip():
+                continue
+            if "echo: false" in marks:
+                cell.metadata.transient = {"remove_source": True}
             for output in cell.outputs:
                 data = output.get("data", {})
                 for kind in data.keys() & {"text/html", "text/markdown"}:
                     # GitHub would print pandas' style sheet as text
-                    data[kind] = from_root(re.sub(r"<style.*?</style>\s*", "", data[kind], flags=re.S))
+                    data[kind] = from_root(
+                        re.sub(r"<style.*?</style>\s*", "", data[kind], flags=re.S)
+                    )
         yield cell
 
 
@@ -269,51 +360,73 @@ def render_readme():
     "README.md and its figures, as bytes by their paths."
     import nbformat
     from nbconvert import MarkdownExporter
+
     notebook = nbformat.read(NBS / "index.ipynb", as_version=4)
-    notebook.metadata.language_info = {"name": "python"}  # nbdev_clean removes it, the code fences want it
+    notebook.metadata.language_info = {
+        "name": "python"
+    }  # nbdev_clean removes it, the code fences want it
     notebook.cells = list(readable(notebook.cells))
     where = {"unique_key": "figure", "output_files_dir": FIGURES.as_posix()}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources=where)
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = f"<!-- Made from nbs/index.ipynb by `make docs`: edit it there. -->\n\n{text}\n"
-    return {Path("README.md"): text.encode(), **{Path(name): data for name, data in resources["outputs"].items()}}
+    return {
+        Path("README.md"): text.encode(),
+        **{Path(name): data for name, data in resources["outputs"].items()},
+    }
 
 
 def readme(args):
     "Render README.md from nbs/index.ipynb with its stored outputs."
     want = render_readme()
-    have = {path: path.read_bytes() for path in [Path("README.md"), *FIGURES.glob("*")] if path.exists()}
+    have = {
+        path: path.read_bytes() for path in [Path("README.md"), *FIGURES.glob("*")] if path.exists()
+    }
     stale = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
     if not args.check:
         for path in stale:
             if path in want:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(want[path])
-            else: path.unlink()
+            else:
+                path.unlink()
     report("readme", stale, args.check, "run `make docs`")
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
+
 def report(step, stale, check, *remedies):
     "Print the end of a step; with `check`, anything `stale` is a failure."
-    if not stale: return print(f"{step}: in step")
-    if check: fail(f"{step}: out of step: {', '.join(map(str, stale))}", *(f"  {remedy}" for remedy in remedies))
+    if not stale:
+        return print(f"{step}: in step")
+    if check:
+        fail(
+            f"{step}: out of step: {', '.join(map(str, stale))}",
+            *(f"  {remedy}" for remedy in remedies),
+        )
     print(f"{step}: wrote {', '.join(map(str, stale))}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True)
     for command in (badges, sync, readme, outputs):
         sub = commands.add_parser(command.__name__, help=command.__doc__)
         sub.set_defaults(command=command)
-        if command is outputs: sub.add_argument("names", nargs="*", help="notebooks, all component ones when left out")
-        else: sub.add_argument("--check", action="store_true", help="write nothing, exit 1 when something differs")
+        if command is outputs:
+            sub.add_argument("names", nargs="*", help="notebooks, all component ones when left out")
+        else:
+            sub.add_argument(
+                "--check", action="store_true", help="write nothing, exit 1 when something differs"
+            )
     args = parser.parse_args()
     os.chdir(ROOT)
     args.command(args)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

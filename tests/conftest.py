@@ -1,4 +1,5 @@
 """What the tests of the repository as a whole share."""
+
 import subprocess
 from pathlib import Path
 
@@ -7,16 +8,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def repository_files():
     "Every file that git tracks or would add, relative to `ROOT`."
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                            cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return sorted(path for path in map(Path, listed.split("\0")[:-1]) if (ROOT / path).is_file())
 
 
 def said(capsys, *words):
     "The one sentence that a command says before it ends with 2."
     from fade.cli import main
-    try: code = main(list(words))
-    except SystemExit as e: code = e.code  # argparse, for what is no number
+
+    try:
+        code = main(list(words))
+    except SystemExit as e:
+        code = e.code  # argparse, for what is no number
     err = capsys.readouterr().err
     assert code == 2 and err.strip() and "Traceback" not in err
     return err

@@ -1,4 +1,5 @@
 """The files around the notebooks agree with each other, and every notebook has the shape its readers count on."""
+
 import json
 import re
 from configparser import ConfigParser
@@ -7,13 +8,21 @@ import pytest
 import yaml
 from conftest import ROOT, repository_files
 
-try: import tomllib
-except ModuleNotFoundError: import tomli as tomllib  # Python 3.10
+try:
+    import tomllib
+except ModuleNotFoundError:
+    import tomli as tomllib  # Python 3.10
 
 FILES = repository_files()
 COMPONENTS = [path for path in FILES if path.suffix == ".ipynb" and path.parent.as_posix() == "nbs"]
-TEMPLATES = [path for path in FILES if path.suffix == ".ipynb" and path.parent.as_posix() == "nbs/experiments"]
-RESULTS = [path for path in FILES if path.suffix == ".ipynb" and path.parts[:2] == ("nbs", "results")]
+TEMPLATES = [
+    path
+    for path in FILES
+    if path.suffix == ".ipynb" and path.parent.as_posix() == "nbs/experiments"
+]
+RESULTS = [
+    path for path in FILES if path.suffix == ".ipynb" and path.parts[:2] == ("nbs", "results")
+]
 
 
 def each(paths):
@@ -21,10 +30,12 @@ def each(paths):
     return pytest.mark.parametrize("path", paths, ids=str)
 
 
-def read(path): return json.loads((ROOT / path).read_text(encoding="utf-8"))
+def read(path):
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def source(cell): return "".join(cell["source"])
+def source(cell):
+    return "".join(cell["source"])
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +46,12 @@ def settings():
 
 
 @pytest.fixture(scope="module")
-def pyproject(): return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+def pyproject():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
+
 
 def test_settings_and_pyproject_describe_the_same_package(settings, pyproject):
     project = pyproject["project"]
@@ -49,37 +62,49 @@ def test_settings_and_pyproject_describe_the_same_package(settings, pyproject):
     assert project["requires-python"] == f">={settings['min_python']}"
     assert project["dependencies"] == settings["requirements"].split()
     assert project["optional-dependencies"]["dev"] == settings["dev_requirements"].split()
-    assert [f"{name}={target}" for name, target in project["scripts"].items()] == settings["console_scripts"].split()
+    assert [f"{name}={target}" for name, target in project["scripts"].items()] == settings[
+        "console_scripts"
+    ].split()
 
 
 def test_both_nbdevs_read_the_same_options(settings, pyproject):
     assert pyproject["tool"]["nbdev"] == {
-        key: settings[key] for key in ("lib_path", "nbs_path", "tst_flags", "allowed_cell_metadata_keys")}
+        key: settings[key]
+        for key in ("lib_path", "nbs_path", "tst_flags", "allowed_cell_metadata_keys")
+    }
 
 
 def test_requirements_are_lower_bounds(settings):
-    for requirement in settings["requirements"].split(): assert re.fullmatch(r"[a-z0-9-]+>=[\d.]+", requirement)
+    for requirement in settings["requirements"].split():
+        assert re.fullmatch(r"[a-z0-9-]+>=[\d.]+", requirement)
 
 
 def test_conda_environment_asks_for_nothing_else(settings):
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    *named, editable = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    *named, editable = next(
+        entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)
+    )
     assert set(named) <= {*settings["requirements"].split(), *settings["dev_requirements"].split()}
     assert editable == "-e .[dev]"
 
 
 def test_package_carries_the_version(settings):
     import fade
+
     assert fade.__version__ == settings["version"]
 
 
 def test_no_file_names_a_folder_of_some_machine():
     # the names are put together here, or this file would be found
-    private = re.compile(r"(?<![\w.~+-])/(%s)/" % "|".join(["work", "root", "opt", "home", "Users"]))
+    private = re.compile(
+        r"(?<![\w.~+-])/(%s)/" % "|".join(["work", "root", "opt", "home", "Users"])
+    )
     found = []
     for path in FILES:
-        try: text = (ROOT / path).read_text(encoding="utf-8")
-        except UnicodeDecodeError: continue  # not text
+        try:
+            text = (ROOT / path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # not text
         found += [f"{path}: {match[0]}" for match in private.finditer(text)]
     assert not found
 
@@ -94,6 +119,7 @@ def test_readme_links_lead_somewhere():
 
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
+
 @each(COMPONENTS + TEMPLATES + RESULTS)
 def test_kernel_is_named(path):
     kernel = read(path)["metadata"]["kernelspec"]
@@ -105,7 +131,10 @@ def test_opens_with_title_promise_and_badge(path):
     title, *lines = source(read(path)["cells"][0]).splitlines()
     assert title.startswith("# ")
     assert any(line.startswith("> ") for line in lines)
-    assert any(line.startswith("[![Open In Colab]") and line.endswith(f"/{path.as_posix()})") for line in lines)
+    assert any(
+        line.startswith("[![Open In Colab]") and line.endswith(f"/{path.as_posix()})")
+        for line in lines
+    )
 
 
 @each(TEMPLATES)
@@ -115,7 +144,13 @@ def test_template_has_parameters_and_no_outputs(path):
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
-@each([path for path in FILES if path.suffix == ".yaml" and path.parent.as_posix() == "nbs/experiments/params"])
+@each(
+    [
+        path
+        for path in FILES
+        if path.suffix == ".yaml" and path.parent.as_posix() == "nbs/experiments/params"
+    ]
+)
 def test_params_file_is_a_mapping(path):
     assert isinstance(yaml.safe_load((ROOT / path).read_text(encoding="utf-8")), dict)
 
@@ -123,8 +158,18 @@ def test_params_file_is_a_mapping(path):
 def test_every_module_has_its_notebook():
     exported = {}
     for path in COMPONENTS:
-        named = [re.search(r"^#\| *default_exp +(\S+)", source(cell), re.M) for cell in read(path)["cells"]]
-        for match in filter(None, named): exported[match[1]] = path
-    modules = {".".join(path.with_suffix("").parts[1:]) for path in FILES if path.suffix == ".py" and path.parts[0] == "fade"}
+        named = [
+            re.search(r"^#\| *default_exp +(\S+)", source(cell), re.M)
+            for cell in read(path)["cells"]
+        ]
+        for match in filter(None, named):
+            exported[match[1]] = path
+    modules = {
+        ".".join(path.with_suffix("").parts[1:])
+        for path in FILES
+        if path.suffix == ".py" and path.parts[0] == "fade"
+    }
     assert modules - {"__init__", "_modidx", "erasers.__init__"} == set(exported)
-    assert all(re.fullmatch(rf"\d\d_{name.split('.')[-1]}", path.stem) for name, path in exported.items())
+    assert all(
+        re.fullmatch(rf"\d\d_{name.split('.')[-1]}", path.stem) for name, path in exported.items()
+    )

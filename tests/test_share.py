@@ -1,4 +1,5 @@
 """What `fade share` writes is whole: its code runs as it stands, and it says nothing about the machine it was made on."""
+
 import re
 import subprocess
 import sys
@@ -6,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageChops
-from safetensors.torch import load_file, save_file
-
 from fade.cli import main
 from fade.core import data_path
 from fade.run import run
-from fade.share import ModelCard, check_folder, push
+from fade.tools.share import ModelCard, check_folder, push
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def blocks(folder): return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+def blocks(folder):
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
 
 
 def execute(code, cwd):
@@ -39,30 +40,55 @@ def execute(code, cwd):
     return done.stdout
 
 
-def same(a, b): return ImageChops.difference(Image.open(a), Image.open(b)).getbbox() is None
+def same(a, b):
+    return ImageChops.difference(Image.open(a), Image.open(b)).getbbox() is None
 
 
 def test_the_cards_code_runs(made, place):
-    assert main(["share", str(made), "--out", "someone/fade-crimson-daisy", "--repo", "someone/fade-crimson-daisy"]) == 0
+    assert (
+        main(
+            [
+                "share",
+                str(made),
+                "--out",
+                "someone/fade-crimson-daisy",
+                "--repo",
+                "someone/fade-crimson-daisy",
+            ]
+        )
+        == 0
+    )
     with_diffusers, with_fade = blocks(place / "someone/fade-crimson-daisy")
     again = re.search("image = .*", with_diffusers)[0] + "\nimage.save('untouched.png')"
     execute(f"{with_diffusers}\npipe.unload_lora_weights()\n{again}", place)
     assert not same("image.png", "untouched.png")
-    assert "strength 0.7" in execute(with_fade.replace("mesh.detach()", "print(mesh); mesh.detach()"), place / "someone/fade-crimson-daisy")
+    assert "strength 0.7" in execute(
+        with_fade.replace("mesh.detach()", "print(mesh); mesh.detach()"),
+        place / "someone/fade-crimson-daisy",
+    )
 
 
 def test_changed_weights_load_too(made, place):
     edited = place / "run"
     edited.mkdir()
-    for file in ("metrics.json", "losses.png"): (edited / file).write_bytes((made / file).read_bytes())
+    for file in ("metrics.json", "losses.png"):
+        (edited / file).write_bytes((made / file).read_bytes())
     name = "conv_in.weight"
     weight = load_file(data_path("miniature", "unet", "diffusion_pytorch_model.safetensors"))[name]
     save_file({name: torch.zeros_like(weight)}, edited / "edit.safetensors")
     assert main(["share", str(edited), "--out", "shared"]) == 0
     code, with_fade = blocks(place / "shared")
     (place / "shared/data").symlink_to(data_path(), target_is_directory=True)
-    assert "True" in execute(f"{code}\nprint(not pipe.unet.get_parameter('{name}').any())", place / "shared")
-    kept = execute(with_fade.replace("mesh.detach() ", "print(mesh); mesh.detach(); print(pipe.unet.get_parameter('conv_in.weight').any()) "), place / "shared")
+    assert "True" in execute(
+        f"{code}\nprint(not pipe.unet.get_parameter('{name}').any())", place / "shared"
+    )
+    kept = execute(
+        with_fade.replace(
+            "mesh.detach() ",
+            "print(mesh); mesh.detach(); print(pipe.unet.get_parameter('conv_in.weight').any()) ",
+        ),
+        place / "shared",
+    )
     assert "strength 0.7" in kept and "True" in kept
     assert "lora" not in ModelCard.load(place / "shared/README.md").data.tags
 
@@ -84,8 +110,22 @@ def test_no_machine_is_named(made, place):
 def test_every_score_is_in_the_card(made, place):
     assert main(["share", str(made), "--out", "shared"]) == 0
     card = check_folder("shared")
-    assert [r.metric_type for r in card.data.eval_results] == ["a_er", "a_adj", "erb", "heldout", "unrelated"]
-    for word in ("untouched model", "95 % interval", "no safety guarantee", "fingerprint `", "crimson tulip", "recipe", "seeds"):
+    assert [r.metric_type for r in card.data.eval_results] == [
+        "a_er",
+        "a_adj",
+        "erb",
+        "heldout",
+        "unrelated",
+    ]
+    for word in (
+        "untouched model",
+        "95 % interval",
+        "no safety guarantee",
+        "fingerprint `",
+        "crimson tulip",
+        "recipe",
+        "seeds",
+    ):
         assert word in card.text
 
 
@@ -94,11 +134,16 @@ def test_push_makes_the_repository_and_uploads_the_folder(made, place, monkeypat
     calls = []
 
     class Hub:
-        def create_repo(self, repo, **options): calls.append(("create", repo))
-        def upload_folder(self, **options): calls.append(("upload", options["repo_id"], options["folder_path"])); return "address"
+        def create_repo(self, repo, **options):
+            calls.append(("create", repo))
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options["repo_id"], options["folder_path"]))
+            return "address"
 
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     assert main(["share", str(made), "--out", "shared", "--repo", "someone/fade", "--push"]) == 0
     assert calls == [("create", "someone/fade"), ("upload", "someone/fade", "shared")]
-    with pytest.raises(Exception, match="--repo"): push("shared", "")
+    with pytest.raises(Exception, match="--repo"):
+        push("shared", "")

@@ -1,14 +1,12 @@
 """What ships with the package: small enough, loadable by anybody, and really made by the model beside it."""
-from pathlib import Path
+
 
 import torch
-
-from fade.core import data_path, load_json, load_tensors
 from fade.concepts import concept_set, concept_sets
-from fade.judge import Judge
-from fade.metrics import *
-from fade.neighborhood import Studio
-from fade.pipeline import load_pipeline
+from fade.core import data_path, load_json
+from fade.diffusion.pipeline import load_pipeline
+from fade.images import ImageCache
+from fade.vision.classifier import Classifier
 
 folder = data_path("miniature")
 
@@ -29,20 +27,28 @@ def test_targets_and_validation_are_apart():
 
 def test_the_models_record():
     record = load_json(folder / "record.json")
-    assert record["judge_rendered"] >= .99
-    assert record["generated"]["mean"] >= .95 and record["generated"]["least"] >= .85
+    assert record["classifier_rendered"] >= 0.99
+    assert record["generated"]["mean"] >= 0.95 and record["generated"]["least"] >= 0.85
     assert record["generated"]["n_each"] >= 50
 
 
 def test_shipped_features_are_the_models_own(tmp_path, monkeypatch):
     "Two concepts' shipped features, made again from the weights."
     monkeypatch.setenv("FADE_CACHE", str(tmp_path))
-    studio, judge = Studio(load_pipeline()), Judge(folder / "judge")
+    cache, classifier = ImageCache(load_pipeline()), Classifier(folder / "classifier")
     names = ["crimson daisy", "spotted hound"]
-    shipped = studio.features("neighborhood", names, 25), studio.seen(names, 25, judge)
-    assert not list(tmp_path.rglob("*.safetensors"))      # nothing was generated
-    studio.shipped = {}
-    again = studio.features("neighborhood", names, 25), studio.seen(names, 25, judge)
+    shipped = (
+        cache.features("neighborhood", names, 25),
+        cache.classify_images(names, 25, classifier),
+    )
+    assert not list(tmp_path.rglob("*.safetensors"))  # nothing was generated
+    cache.shipped = {}
+    again = cache.features("neighborhood", names, 25), cache.classify_images(names, 25, classifier)
     for name in names:
-        assert torch.nn.functional.cosine_similarity(shipped[0][name].mean(0), again[0][name].mean(0), dim=0) > .9999
-        assert (shipped[1][name]["hit"] == again[1][name]["hit"]).float().mean() > .95
+        assert (
+            torch.nn.functional.cosine_similarity(
+                shipped[0][name].mean(0), again[0][name].mean(0), dim=0
+            )
+            > 0.9999
+        )
+        assert (shipped[1][name]["correct"] == again[1][name]["correct"]).float().mean() > 0.95

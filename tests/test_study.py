@@ -1,14 +1,18 @@
 """The study's page in a real browser: clicked and typed through as a participant would, and read back."""
+
 import shutil
 
 import pytest
-
 from fade.core import load_json, save_json, save_tensors
-from fade.neighborhood import Studio, neighborhood
-from fade.pipeline import load_pipeline
-from fade.study import *
+from fade.diffusion.pipeline import load_pipeline
+from fade.images import ImageCache
+from fade.neighborhood import neighborhood
+from fade.tools.study import build_study, opaque, perfect, read_answers, study_scores
+from fade.tools.sweep import fits
 
-chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+chromium = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -16,35 +20,62 @@ def built(tmp_path_factory):
     "A small study of one run, which is an edit by hand: nothing is trained here."
     folder = tmp_path_factory.mktemp("study")
     pipe = load_pipeline()
-    studio = Studio(pipe)
-    nb = neighborhood(studio, "crimson daisy")
-    nb.save(folder / "run" / "neighborhood.json")
-    how = dict(model=dict(name="miniature", fingerprint=studio.model), sampler=vars(studio.sampler), template=studio.template)
-    save_json(folder / "run" / "metrics.json", dict(schema=2, method="by hand", target=nb.target, **how))
-    save_tensors(folder / "run" / "edit.safetensors",
-                 {k: p * .5 for k, p in pipe.unet.named_parameters() if k.endswith("attn2.to_v.weight")})
-    arguments = dict(per_concept=1, concepts=dict(neighbours=1, heldout=1, unrelated=1), examples=1)
-    key = build_study([folder / "run"], folder / "out", **arguments, title="Flowers & <b>birds</b>", intro="Hello.\n\nThank you.")
+    cache = ImageCache(pipe)
+    hood = neighborhood(cache, "crimson daisy")
+    hood.save(folder / "run" / "neighborhood.json")
+    how = dict(
+        model=dict(name="miniature", fingerprint=cache.model),
+        sampler=vars(cache.sampler),
+        template=cache.template,
+    )
+    save_json(
+        folder / "run" / "metrics.json", dict(schema=2, method="by hand", target=hood.target, **how)
+    )
+    save_tensors(
+        folder / "run" / "edit.safetensors",
+        {k: p * 0.5 for k, p in pipe.unet.named_parameters() if k.endswith("attn2.to_v.weight")},
+    )
+    arguments = dict(per_concept=1, concepts=dict(neighbors=1, heldout=1, unrelated=1), examples=1)
+    key = build_study(
+        [folder / "run"],
+        folder / "out",
+        **arguments,
+        title="Flowers & <b>birds</b>",
+        intro="Hello.\n\nThank you.",
+    )
     return folder, key
 
 
 @pytest.fixture(scope="module")
 def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="the page is tried with playwright, which is not installed")
-    if not chromium: pytest.skip("the page is tried in chromium, which is not installed")
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="the page is tried with playwright, which is not installed"
+    )
+    if not chromium:
+        pytest.skip("the page is tried in chromium, which is not installed")
     with sync.sync_playwright() as p:
-        yield p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        yield p.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
 
 
 @pytest.fixture(params=["desktop", "phone"])
 def page(request, browser, built):
     "The page, opened as a file; at the end nothing may have been fetched or complained about."
-    size = dict(viewport=dict(width=1280, height=800)) if request.param == "desktop" else dict(viewport=dict(width=360, height=740), has_touch=True, is_mobile=True)
+    size = (
+        dict(viewport=dict(width=1280, height=800))
+        if request.param == "desktop"
+        else dict(viewport=dict(width=360, height=740), has_touch=True, is_mobile=True)
+    )
     context, url, bad = browser.new_context(**size), (built[0] / "out" / "study.html").as_uri(), []
     page = context.new_page()
     page.on("console", lambda m: bad.append(m.text))
     page.on("pageerror", lambda e: bad.append(str(e)))
-    page.on("request", lambda r: r.url == url or r.url.startswith(("data:", "blob:")) or bad.append(r.url))
+    page.on(
+        "request",
+        lambda r: r.url == url or r.url.startswith(("data:", "blob:")) or bad.append(r.url),
+    )
     page.goto(url)
     yield page
     context.close()
@@ -53,11 +84,16 @@ def page(request, browser, built):
 
 def at(page, n):
     "Wait for question `n`, and for the moment in which a second tap counts for nothing."
-    page.wait_for_function("n => document.getElementById('count').textContent.startsWith(n) && performance.now() > ready", arg=f"{n} of ")
+    page.wait_for_function(
+        "n => document.getElementById('count').textContent.startsWith(n) && performance.now() > ready",
+        arg=f"{n} of ",
+    )
 
 
 def current(page):
-    return page.evaluate("({ id: screens[state.at].id, step: screens[state.at].step, total: screens.length })")
+    return page.evaluate(
+        "({ id: screens[state.at].id, step: screens[state.at].step, total: screens.length })"
+    )
 
 
 def begin(page, code):
@@ -73,12 +109,17 @@ def answer(page, value):
 def fits(page):
     "Nothing sticks out sideways, no word out of its button, and every button is large enough for a thumb."
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate("[...document.querySelectorAll('main button')].every(b => b.getBoundingClientRect().height >= 44 && b.scrollWidth <= b.clientWidth)")
+    assert page.evaluate(
+        "[...document.querySelectorAll('main button')].every(b => b.getBoundingClientRect().height >= 44 && b.scrollWidth <= b.clientWidth)"
+    )
 
 
 def test_a_participant(page, built, tmp_path):
     folder, key = built
-    assert page.locator("h1").inner_text() == "Flowers & <b>birds</b>" and page.locator("p", has_text="Thank you.").count() == 1
+    assert (
+        page.locator("h1").inner_text() == "Flowers & <b>birds</b>"
+        and page.locator("p", has_text="Thank you.").count() == 1
+    )
     page.click("text=Begin")
     assert "type the code" in page.locator("#hint").inner_text()
     begin(page, "P03 Zoë")
@@ -90,7 +131,10 @@ def test_a_participant(page, built, tmp_path):
         value = perfect(key["tasks"][now["id"]])[now["step"]]
         wanted.setdefault(now["id"], []).append(value)
         if n == 2:  # a wrong answer, typed, then corrected
-            keys = page.eval_on_selector_all(".options button", "bs => bs.map(b => [b.dataset.value, b.querySelector('kbd').textContent])")
+            keys = page.eval_on_selector_all(
+                ".options button",
+                "bs => bs.map(b => [b.dataset.value, b.querySelector('kbd').textContent])",
+            )
             wrong, first = next(k for v, k in keys if v != value), now["id"]
             page.keyboard.press(wrong)
             at(page, 3)
@@ -111,7 +155,8 @@ def test_a_participant(page, built, tmp_path):
     page.wait_for_selector("text=Thank you!")
     page.reload()
     page.wait_for_selector("text=Thank you!")
-    with page.expect_download() as saving: page.click("text=Save my answers")
+    with page.expect_download() as saving:
+        page.click("text=Save my answers")
     (tmp_path / "in").mkdir()
     saving.value.save_as(tmp_path / "in" / saving.value.suggested_filename)
     said = []
@@ -121,8 +166,15 @@ def test_a_participant(page, built, tmp_path):
     assert {r["task"]: r["values"] for r in file["answers"]} == wanted
     assert {r["task"]: r["changes"] for r in file["answers"] if r["changes"]} == {first: 1}
     assert (d.ms > 0).all() and not attention(d).failed.any()
-    assert study_scores(d).set_index("score").value[["a_er", "a_adj", "erb"]].round(6).tolist() == [1, 1, 1]
-    assert page.locator("textarea").input_value() == (tmp_path / "in" / saving.value.suggested_filename).read_text()
+    assert study_scores(d).set_index("score").value[["a_er", "a_adj", "erb"]].round(6).tolist() == [
+        1,
+        1,
+        1,
+    ]
+    assert (
+        page.locator("textarea").input_value()
+        == (tmp_path / "in" / saving.value.suggested_filename).read_text()
+    )
     page.on("dialog", lambda o: o.accept())
     page.click("text=Start again")
     page.wait_for_selector("#code")
@@ -131,7 +183,9 @@ def test_a_participant(page, built, tmp_path):
 
 
 def test_answers_survive_where_there_is_no_storage(page, built):
-    page.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('none') } })")
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new Error('none') } })"
+    )
     page.reload()
     begin(page, "P04")
     answer(page, perfect(built[1]["tasks"][current(page)["id"]])[0])
@@ -144,7 +198,9 @@ def test_answers_survive_where_there_is_no_storage(page, built):
 def test_a_second_tap_and_a_held_key_are_one_answer(page):
     begin(page, "P05")
     page.locator(".options button").first.dispatch_event("click")
-    page.evaluate("for (let i = 0; i < 5; i++) { document.querySelector('.options button').click(); document.dispatchEvent(new KeyboardEvent('keydown', { key: '1', repeat: true })) }")
+    page.evaluate(
+        "for (let i = 0; i < 5; i++) { document.querySelector('.options button').click(); document.dispatchEvent(new KeyboardEvent('keydown', { key: '1', repeat: true })) }"
+    )
     at(page, 2)
     page.wait_for_timeout(300)
     at(page, 2)
@@ -154,11 +210,26 @@ def test_numbers_come_from_the_seed(built):
     "And they are all different, so that none says which pictures belong together."
     _, key = built
     numbers = [n for i, t in key["tasks"].items() for n in (i, *t["pictures"])]
-    assert sorted(numbers) == sorted(opaque(len(numbers), key["seed"])) and len(set(numbers)) == len(numbers)
+    assert sorted(numbers) == sorted(opaque(len(numbers), key["seed"])) and len(
+        set(numbers)
+    ) == len(numbers)
 
 
 def test_the_page_does_not_tell(built):
     folder, key = built
     text = (folder / "out" / "study.html").read_text()
-    for word in ("by hand", "untouched", "edited", "heldout", "attention", "condition", "method", "http:", "https:"): assert word not in text
-    assert all(str(w["seed"]) not in text for t in key["tasks"].values() for w in t["pictures"].values())
+    for word in (
+        "by hand",
+        "original",
+        "edited",
+        "heldout",
+        "attention",
+        "condition",
+        "method",
+        "http:",
+        "https:",
+    ):
+        assert word not in text
+    assert all(
+        str(w["seed"]) not in text for t in key["tasks"].values() for w in t["pictures"].values()
+    )

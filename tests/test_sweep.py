@@ -1,4 +1,5 @@
 """A sweep refuses what cannot work, goes on after a failure or a kill, and is alone in its folder."""
+
 import os
 import signal
 import subprocess
@@ -8,11 +9,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
-from papermill import PapermillExecutionError, execute_notebook
-
 from fade.cli import main
 from fade.core import load_json
+from nbformat.v4 import new_code_cell, new_notebook
+from papermill import PapermillExecutionError, execute_notebook
 
 command = Path(sys.executable).with_name("fade")
 parameters = 'x: int = 0\nwait: float = 0.5\nword: str = ""\nout: str = ""'
@@ -31,15 +31,24 @@ def place(tmp_path):
     "A folder with an experiment of a second and a grid of four, the last of which fails."
     cells = [new_code_cell(parameters, metadata=dict(tags=["parameters"])), new_code_cell(body)]
     kernel = dict(name="python3", language="python", display_name="python3")
-    nbformat.write(new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / "square.ipynb")
+    nbformat.write(
+        new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), tmp_path / "square.ipynb"
+    )
     (tmp_path / "four.yaml").write_text("grid: {x: [0, 1, 2, 3]}\n")
     return tmp_path
 
 
 def start(place, *words, grid="four.yaml"):
     "The command line in a process group of its own, which hears an interrupt also where the tests themselves run behind a shell's `&`."
-    return subprocess.Popen([command, "sweep", "square.ipynb", grid, *words], cwd=place, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(
+        [command, "sweep", "square.ipynb", grid, *words],
+        cwd=place,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def sweep(place, *words, grid="four.yaml"):
@@ -49,16 +58,19 @@ def sweep(place, *words, grid="four.yaml"):
     return running.returncode, out, err
 
 
-def folders(place): return {p.name.split("_")[0]: p for p in (place / "runs/square-four").glob("x=*")}
+def folders(place):
+    return {p.name.split("_")[0]: p for p in (place / "runs/square-four").glob("x=*")}
 
 
-def starts(folder): return len((folder / "starts").read_text())
+def starts(folder):
+    return len((folder / "starts").read_text())
 
 
 def wait_for(what, seconds=60):
     for _ in range(10 * seconds):
-        if what(): return
-        time.sleep(.1)
+        if what():
+            return
+        time.sleep(0.1)
     raise AssertionError("waited in vain")
 
 
@@ -68,9 +80,15 @@ def test_four_runs_one_of_which_fails(place):
     assert "4 runs, 0 finished" in out and "3 of 4 finished" in out
     assert out.splitlines()[-1].endswith("ValueError: three is one too many")
     made = folders(place)
-    assert {k: (p / "metrics.json").exists() for k, p in made.items()} == {"x=0": True, "x=1": True, "x=2": True, "x=3": False}
+    assert {k: (p / "metrics.json").exists() for k, p in made.items()} == {
+        "x=0": True,
+        "x=1": True,
+        "x=2": True,
+        "x=3": False,
+    }
     assert "three is one too many" in (made["x=3"] / "notebook.ipynb").read_text()
     import pandas as pd
+
     table = pd.read_csv(place / "runs/square-four/sweep.csv")
     assert table.square.tolist() == [0, 1, 4] and {"x", "wait", "nested.x"} <= set(table)
     code, out, err = sweep(place)
@@ -85,7 +103,11 @@ def test_killed_and_resumed(place):
     for kill in (os.killpg, os.kill):
         running = start(place)
         had = {k: starts(p) for k, p in folders(place).items() if (p / "starts").exists()}
-        wait_for(lambda: {k: starts(p) for k, p in folders(place).items() if (p / "starts").exists()} != had)
+        wait_for(
+            lambda: (
+                {k: starts(p) for k, p in folders(place).items() if (p / "starts").exists()} != had
+            )
+        )
         kill(running.pid, signal.SIGKILL)
         running.communicate()
     code, out, err = sweep(place, "--workers", "3")
@@ -126,11 +148,15 @@ for t in 0 1; do [ -e {folder}/ended-$t ] && s=COMPLETED || s=RUNNING; echo "77_
 def test_the_same_line_on_a_cluster(place, monkeypatch):
     "Slurm's commands are stand-ins that run the jobs here."
     for name, text in dict(sbatch=sbatch, srun=srun, sacct=sacct, scancel="#!/bin/bash\n").items():
-        (place / name).write_text(text.replace("{python}", sys.executable).replace("{folder}", str(place)))
+        (place / name).write_text(
+            text.replace("{python}", sys.executable).replace("{folder}", str(place))
+        )
         (place / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
     (place / "four.yaml").write_text("grid: {x: [0, 3]}\n")
-    code, out, err = sweep(place, "--executor", "slurm", "--options", "slurm_partition=gpu", "timeout_min=60")
+    code, out, err = sweep(
+        place, "--executor", "slurm", "--options", "slurm_partition=gpu", "timeout_min=60"
+    )
     assert code == 1 and "1 of 2 finished" in out and "three is one too many" in out
 
 
@@ -144,16 +170,19 @@ def test_two_at_once(place):
     assert first.returncode == 0
 
 
-@pytest.mark.parametrize("grid, words, sentence", [
-    ("grid: {xx: [1]}", [], "did you mean x?"),
-    ("grid: {x: [1, two]}", [], "takes x as int, and this is 'two'"),
-    ("grid: {wait: [1e-3]}", [], "with a point"),
-    ("x: [1]", [], "below shared, grid or runs"),
-    ("grid: [", [], "as YAML"),
-    ("grid: {x: [1]}", ["--executor", "slurm"], "choose local (--executor)"),
-    ("grid: {x: [1]}", ["--executor", "cloud"], "choose local, slurm or debug"),
-    ("grid: {x: [1]}", ["--options", "colour=red"], "do not suit local"),
-])
+@pytest.mark.parametrize(
+    "grid, words, sentence",
+    [
+        ("grid: {xx: [1]}", [], "did you mean x?"),
+        ("grid: {x: [1, two]}", [], "takes x as int, and this is 'two'"),
+        ("grid: {wait: [1e-3]}", [], "with a point"),
+        ("x: [1]", [], "below shared, grid or runs"),
+        ("grid: [", [], "as YAML"),
+        ("grid: {x: [1]}", ["--executor", "slurm"], "choose local (--executor)"),
+        ("grid: {x: [1]}", ["--executor", "cloud"], "choose local, slurm or debug"),
+        ("grid: {x: [1]}", ["--options", "color=red"], "do not suit local"),
+    ],
+)
 def test_refused_before_anything_starts(place, grid, words, sentence, monkeypatch, capsys):
     monkeypatch.chdir(place)
     (place / "four.yaml").write_text(grid)
@@ -171,9 +200,18 @@ def test_dry_run_leaves_nothing(place, monkeypatch, capsys):
 
 
 def test_papermill_refuses_what_the_notebook_does_not_take(place):
-    def papermill(**values): execute_notebook(place / "square.ipynb", place / "out.ipynb", {**values, "out": str(place)}, progress_bar=False)
-    with pytest.raises(PapermillExecutionError, match="did you mean wait?"): papermill(wiat=1)
-    with pytest.raises(PapermillExecutionError, match="takes x as int, and this is 'two'"): papermill(x="two")
+    def papermill(**values):
+        execute_notebook(
+            place / "square.ipynb",
+            place / "out.ipynb",
+            {**values, "out": str(place)},
+            progress_bar=False,
+        )
+
+    with pytest.raises(PapermillExecutionError, match="did you mean wait?"):
+        papermill(wiat=1)
+    with pytest.raises(PapermillExecutionError, match="takes x as int, and this is 'two'"):
+        papermill(x="two")
     assert not (place / "metrics.json").exists()
     papermill(x=2)
     assert load_json(place / "metrics.json")["square"] == 4

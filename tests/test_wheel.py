@@ -1,4 +1,5 @@
 """The wheel works where the repository is not: what ships is complete, and the command runs from any folder."""
+
 import os
 import shutil
 import subprocess
@@ -19,7 +20,10 @@ def wheel(tmp_path_factory):
     for path in repository_files():
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, checkout / path)
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, checkout], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", dist, checkout],
+        check=True,
+    )
     return next(dist.glob("*.whl"))
 
 
@@ -29,8 +33,21 @@ def installed(wheel, tmp_path_factory):
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, symlinks=True)
     commands = root / "bin"
-    subprocess.run([sys.executable, "-m", "pip", "--python", commands / "python", "install", "--quiet", "--no-deps",
-                    "--no-index", wheel], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            commands / "python",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-index",
+            wheel,
+        ],
+        check=True,
+    )
     # torch and the rest are borrowed from the running environment. A folder named in a .pth file is searched, but
     # its own .pth files are not read, and so this checkout's editable install stays out of sight.
     [packages] = root.glob("lib/python*/site-packages")
@@ -41,7 +58,9 @@ def installed(wheel, tmp_path_factory):
 def run(command, folder):
     "What `command` prints in `folder`, with no hub to ask and no path to this checkout."
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,10 +74,17 @@ def test_wheel_holds_all_of_data(wheel):
 
 
 def test_imports_from_where_it_is_installed(installed, tmp_path):
-    where, version = run([installed / "python", "-c", "import fade; print(fade.__file__, fade.__version__, sep='\\n')"],
-                         tmp_path).splitlines()
+    where, version = run(
+        [
+            installed / "python",
+            "-c",
+            "import fade; print(fade.__file__, fade.__version__, sep='\\n')",
+        ],
+        tmp_path,
+    ).splitlines()
     assert where.startswith(str(installed.parent))
     import fade
+
     assert version == fade.__version__
 
 
@@ -73,6 +99,9 @@ def test_pages_run_as_in_colab(installed, tmp_path, page):
     book = nbformat.read(ROOT / f"nbs/{page}.ipynb", as_version=4)
     book.cells.append(nbformat.v4.new_code_cell("import fade; fade.__file__"))
     nbformat.write(book, tmp_path / "page.ipynb")
-    run([installed / "python", "-m", "papermill", "--no-progress-bar", "page.ipynb", "out.ipynb"], tmp_path)
+    run(
+        [installed / "python", "-m", "papermill", "--no-progress-bar", "page.ipynb", "out.ipynb"],
+        tmp_path,
+    )
     (where,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[-1].outputs
     assert where.data["text/plain"].strip("'").startswith(str(installed.parent))
