@@ -262,7 +262,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'fade.losses.released_adjacency': ('losses.html#released_adjacency', 'fade/losses.py'),
                              'fade.losses.released_expungement': ('losses.html#released_expungement', 'fade/losses.py'),
                              'fade.losses.squared_error': ('losses.html#squared_error', 'fade/losses.py'),
-                             'fade.losses.v_loss_ratios': ('losses.html#v_loss_ratios', 'fade/losses.py'),
                              'fade.losses.width_norm': ('losses.html#width_norm', 'fade/losses.py')},
             'fade.memory': { 'fade.memory.PeakMemory': ('memory.html#peakmemory', 'fade/memory.py'),
                              'fade.memory.PeakMemory.__init__': ('memory.html#peakmemory.__init__', 'fade/memory.py'),
