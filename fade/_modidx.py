@@ -2,8 +2,12 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': 'https://github.com/OWNER/fade', 'lib_path': 'fade'},
   'syms': { 'fade.api': {},
-            'fade.baselines.attention': { 'fade.baselines.attention.capture_attention': ( 'attention.html#capture_attention',
+            'fade.baselines.attention': { 'fade.baselines.attention.attention_layers': ( 'attention.html#attention_layers',
+                                                                                         'fade/baselines/attention.py'),
+                                          'fade.baselines.attention.capture_attention': ( 'attention.html#capture_attention',
                                                                                           'fade/baselines/attention.py'),
+                                          'fade.baselines.attention.hook_attention': ( 'attention.html#hook_attention',
+                                                                                       'fade/baselines/attention.py'),
                                           'fade.baselines.attention.token_positions': ( 'attention.html#token_positions',
                                                                                         'fade/baselines/attention.py')},
             'fade.baselines.ca': { 'fade.baselines.ca.CaRecipe': ('ca.html#carecipe', 'fade/baselines/ca.py'),
