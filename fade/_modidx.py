@@ -660,8 +660,10 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'fade.weights.WeightEdit.merged': ('weights.html#weightedit.merged', 'fade/weights.py'),
                               'fade.weights.WeightEdit.norm': ('weights.html#weightedit.norm', 'fade/weights.py'),
                               'fade.weights.WeightEdit.params': ('weights.html#weightedit.params', 'fade/weights.py'),
-                              'fade.weights.WeightEdit.put': ('weights.html#weightedit.put', 'fade/weights.py'),
                               'fade.weights.WeightEdit.save': ('weights.html#weightedit.save', 'fade/weights.py'),
                               'fade.weights.WeightEdit.set_scale': ('weights.html#weightedit.set_scale', 'fade/weights.py'),
+                              'fade.weights.WeightEdit.set_weights': ('weights.html#weightedit.set_weights', 'fade/weights.py'),
                               'fade.weights.load_weight_edit': ('weights.html#load_weight_edit', 'fade/weights.py'),
-                              'fade.weights.replaced': ('weights.html#replaced', 'fade/weights.py')}}}
+                              'fade.weights.require_new_edit': ('weights.html#require_new_edit', 'fade/weights.py'),
+                              'fade.weights.require_weights_fit': ('weights.html#require_weights_fit', 'fade/weights.py'),
+                              'fade.weights.select_weights': ('weights.html#select_weights', 'fade/weights.py')}}}
