@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "shared_pictures",
-    "score_names",
+    "score_labels",
     "licenses",
     "limits_text",
     "miniature_text",
@@ -89,7 +89,7 @@ def license_text() -> str:
 
 
 # %% ../../nbs/82_share.ipynb #0d5bce18
-score_names = dict(
+score_labels = dict(
     a_er="target erased (A_er)",
     a_adj="neighbors preserved (A_adj)",
     erb="balance (ERB)",
@@ -116,7 +116,7 @@ def evaluation_results(
             metric_name=name,
             metric_value=metrics[key]["value"],
         )
-        for key, name in score_names.items()
+        for key, name in score_labels.items()
         if metrics.get(key)
     ]
 
@@ -241,7 +241,7 @@ def scores_text(
 ) -> str:
     "The scores with their intervals, and the classifier that they come from."
     rows = []
-    for key, name in score_names.items():
+    for key, name in score_labels.items():
         if s := metrics.get(key):
             interval = f"{s['low']:.3f} … {s['high']:.3f}"
             rows.append((name, f"{s['value']:.3f}", interval, s["n"], f"{s['original']:.3f}"))
