@@ -71,6 +71,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
+# %% ../../nbs/81_sweep.ipynb #4d3bf13d
 from fade.core import (
     FadeError,
     atomic_write,
