@@ -59,14 +59,14 @@ class Docments(Extension):
         if result:
             text += f"\n\nReturns:\n    {result}"
         if text:
-            func.docstring = Docstring(text.strip(), lineno=first, parent=func)
+            func.docstring = Docstring(text.strip(), lineno=first, parser="google", parent=func)
         if any(ast.unparse(d).split("(")[0] == "patch" for d in node.decorator_list):
             self.patched.append(func)
 
     def on_attribute_instance(self, *, node, attr, agent, **kwargs):
         "A comment behind a field or constant is its docstring."
         if not attr.docstring and (note := comments(attr.filepath).get(node.end_lineno)):
-            attr.docstring = Docstring(note, lineno=node.lineno, parent=attr)
+            attr.docstring = Docstring(note, lineno=node.lineno, parser="google", parent=attr)
 
     def on_package(self, *, pkg, loader, **kwargs):
         "Move each patched function into its class."
