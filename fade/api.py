@@ -8,56 +8,73 @@ __all__ = [
     "concept_set",
     "concept_sets",
     "prompt",
+    "RunConfig",
+    "run",
     "Sampler",
     "generate",
     "load_pipeline",
     "sampler_for",
+    "ImageCache",
     "Neighborhood",
-    "Studio",
     "neighborhood",
     "Mesh",
     "attach",
-    "load",
-    "eraser",
-    "erasers",
+    "load_mesh",
+    "Method",
+    "get_method",
     "load_edit",
+    "method_names",
     "recipe_for",
-    "Recipe",
+    "FadeRecipe",
     "erase",
+    "choose_classifier",
     "evaluate",
-    "judge_for",
     "before_after",
     "plot_losses",
     "read_runs",
-    "run",
 ]
 
-# %% ../nbs/91_api.ipynb #ccd40be2
+# %% ../nbs/91_api.ipynb #afd3fd77
+from .concepts import ConceptSet, concept_set, concept_sets, prompt
+from .config import RunConfig
+from .diffusion.pipeline import Sampler, generate, load_pipeline, sampler_for
+from .images import ImageCache
+from .mesh import Mesh, attach, load_mesh
+from .method import Method, get_method, load_edit, method_names, recipe_for
+from .metrics import choose_classifier, evaluate
+from .neighborhood import Neighborhood, neighborhood
+from .report import before_after, plot_losses, read_runs
+from .run import run
+from .trainer import FadeRecipe, erase
+
+# %% ../nbs/91_api.ipynb #b59cbada
 _all_ = [
     "ConceptSet",
     "concept_set",
     "concept_sets",
     "prompt",
+    "RunConfig",
+    "run",
     "Sampler",
     "generate",
     "load_pipeline",
     "sampler_for",
+    "ImageCache",
     "Neighborhood",
-    "Studio",
     "neighborhood",
     "Mesh",
     "attach",
-    "load",
-    "eraser",
-    "erasers",
+    "load_mesh",
+    "Method",
+    "get_method",
     "load_edit",
+    "method_names",
     "recipe_for",
-    "Recipe",
+    "FadeRecipe",
     "erase",
+    "choose_classifier",
     "evaluate",
-    "judge_for",
     "before_after",
     "plot_losses",
     "read_runs",
-    "run",
 ]
