@@ -40,8 +40,7 @@ from fade.core import (
 )
 from fade.diffusion.adapters import (
     active_edits,
-    edits,
-    hidden,
+    edit_registry,
     require_finite_strength,
     require_same_model,
 )
@@ -149,7 +148,7 @@ class Erasers:
             self.layers = {n: Eraser(m.out_dim, width).to(pipe.device) for n, m in at.items()}
         self.module = nn.ModuleDict({n.replace(".", "/"): e for n, e in self.layers.items()})
         self.hooks = [m.register_forward_hook(self.behind(n)) for n, m in at.items()]
-        self.mine = edits(self.unet)[name] = dict(self.params)
+        self.mine = edit_registry(self.unet).active[name] = dict(self.params)
         self.set_scale(1.0)
 
     @property
@@ -184,7 +183,7 @@ def disabled(self: Erasers):
     "The model without the erasers, inside the block."
     on, self.is_on = self.is_on, False
     try:
-        with hidden(self.unet, self.name):
+        with edit_registry(self.unet).hidden(self.name):
             yield self
     finally:
         self.is_on = on
@@ -225,7 +224,7 @@ def detach(self: Erasers):
     "Remove the erasers; the pipeline is as it was given. Returns the pipeline."
     for h in self.hooks:
         h.remove()
-    edits(self.unet).pop(self.name, None)
+    edit_registry(self.unet).active.pop(self.name, None)
     for p, wanted in self.grads.items():
         p.requires_grad_(wanted)
     self.layers = {}

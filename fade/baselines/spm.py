@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 
 from ..core import generator, require
-from ..diffusion.adapters import edits, hidden
+from ..diffusion.adapters import edit_registry
 from ..diffusion.pipeline import encode_prompts, predict_noise
 from ..diffusion.trajectory import denoise_to
 from ..images import ImageCache
@@ -195,7 +195,7 @@ class Membrane(Mesh):
             self.unet.register_forward_pre_hook(self.look_up, with_kwargs=True),
             *[p.register_forward_hook(self.gated) for p in paths],
         ]
-        edits(self.unet).update(self.mine)
+        edit_registry(self.unet).active.update(self.mine)
 
     def __repr__(self):
         return (
@@ -262,7 +262,7 @@ def gated(self: Membrane, path, args, output) -> torch.Tensor:
 @contextmanager
 def disabled(self: Membrane):
     "The model without this membrane, inside the block."
-    with hidden(self.unet, self.mark), Mesh.disabled(self):
+    with edit_registry(self.unet).hidden(self.mark), Mesh.disabled(self):
         yield self
 
 
@@ -278,7 +278,7 @@ def detach(self: Membrane):
     "Remove gate and paths; the pipeline is as it was given. Returns the pipeline."
     for h in self.hooks:
         h.remove()
-    edits(self.unet).pop(self.mark, None)
+    edit_registry(self.unet).active.pop(self.mark, None)
     return Mesh.detach(self)
 
 
