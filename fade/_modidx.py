@@ -388,6 +388,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'fade/miniature/training.py'),
                                          'fade.miniature.training.learn_merges': ( 'miniature.html#learn_merges',
                                                                                    'fade/miniature/training.py'),
+                                         'fade.miniature.training.merge_pair': ('miniature.html#merge_pair', 'fade/miniature/training.py'),
                                          'fade.miniature.training.mixed_precision': ( 'miniature.html#mixed_precision',
                                                                                       'fade/miniature/training.py'),
                                          'fade.miniature.training.new_clip': ('miniature.html#new_clip', 'fade/miniature/training.py'),

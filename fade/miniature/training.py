@@ -11,6 +11,7 @@ __all__ = [
     "render_dataset",
     "image_folder",
     "Captions",
+    "merge_pair",
     "learn_merges",
     "train_tokenizer",
     "clip_loss",
@@ -33,9 +34,10 @@ __all__ = [
 ]
 
 # %% ../../nbs/24_miniature.ipynb #64204a90
-import json
+import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +52,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import ImageOps
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -157,38 +159,53 @@ class Captions:
 
 
 # %% ../../nbs/24_miniature.ipynb #de21180e
-max_tokens = 32  # prompts are padded or cut to this length; SD v1.4 has 77
+def merge_pair(
+    parts: list[str],  # of a word
+    pair: tuple[str, str],
+) -> list[str]:
+    "The parts with every occurrence of the pair merged, from left to right."
+    merged = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
 
 
 def learn_merges(
-    texts: list[str],
-    letters: list[str],  # the initial alphabet
-) -> tuple[dict[str, int], list[list[str]]]:  # vocabulary and merges
-    "Byte-pair encoding in which every word of the texts becomes one token."
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
-    )
-    words = sorted({w for t in texts for w in t.lower().split()})
-    tokenizer.train_from_iterator([w for w in words for _ in range(50)] + letters * 2, trainer)
-    bpe = json.loads(tokenizer.to_str())["model"]
-    return bpe["vocab"], bpe["merges"]
+    words: Sequence[str],  # distinct words
+    most: int = 4500,  # merges
+) -> list[tuple[str, str]]:  # in the order of merging
+    "Byte-pair encoding in which every word becomes one token, as far as `most` allows."
+    words, merges = [[*w[:-1], w[-1] + "</w>"] for w in words], []
+    while len(merges) < most:
+        words = [parts for parts in words if len(parts) > 1]
+        pairs = Counter(pair for parts in words for pair in zip(parts, parts[1:]))
+        if not pairs:
+            break
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = [merge_pair(parts, merges[-1]) for parts in words]
+    return merges
 
 
-# %% ../../nbs/24_miniature.ipynb #8989fab7
+# %% ../../nbs/24_miniature.ipynb #0d8c59e4
+max_tokens = 32  # prompts are padded or cut to this length; SD v1.4 has 77
+
+
 def train_tokenizer(
-    texts: list[str],  # captions
+    texts: Sequence[str],  # captions
     folder: str | Path,  # where the tokenizer is saved
 ) -> CLIPTokenizer:
     "Train a CLIP tokenizer on captions and save it."
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab, merges = learn_merges(texts, letters)
-    names = sorted(vocab, key=vocab.get)
-    names += [letter + "</w>" for letter in letters if letter + "</w>" not in vocab]
-    names += ["<|startoftext|>", "<|endoftext|>"]
-    ids, pairs = {n: i for i, n in enumerate(names)}, [tuple(m) for m in merges]
-    CLIPTokenizer(ids, pairs, model_max_length=max_tokens).save_pretrained(folder)
+    words = {word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text.lower())}
+    encode = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    merges = learn_merges(sorted(encode(word)[0][0] for word in words))
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    CLIPTokenizer(ids, merges, model_max_length=max_tokens).save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 
