@@ -48,8 +48,8 @@ def installed(wheel, tmp_path_factory):
         ],
         check=True,
     )
-    # Torch and the rest come from the running environment. Python searches a folder that a .pth file
-    # names, without reading the .pth files in it: this checkout's editable install is not found.
+    # Torch and the rest come from the running environment. Python searches a folder that is named
+    # in a .pth file without reading its own .pth files: the editable install is not found.
     [packages] = root.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return commands
