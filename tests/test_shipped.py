@@ -2,6 +2,7 @@
 
 
 import torch
+
 from fade.concepts import concept_set, concept_sets
 from fade.core import data_path, load_json
 from fade.diffusion.pipeline import load_pipeline
