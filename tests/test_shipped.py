@@ -1,6 +1,5 @@
 """What ships with the package: small enough, loadable by anybody, and really made by the model beside it."""
 
-
 import torch
 
 from fade.concepts import concept_set, concept_sets
