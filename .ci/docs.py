@@ -1,11 +1,12 @@
 """Keep what is made from the notebooks in step with them.
 
-    python .ci/docs.py badges  [--check]   Colab badge and install cell of every page, owner taken from settings.ini
-    python .ci/docs.py sync    [--check]   fade/ exported from nbs/, notebooks cleaned
-    python .ci/docs.py outputs [NAME ...]  run the component notebooks and store what their cells show
+    python .ci/docs.py badges  [--check]   Colab badge and install cell of every page
+    python .ci/docs.py sync    [--check]   notebooks cleaned and formatted, fade/ exported from them
+    python .ci/docs.py outputs [NAME ...]  run the component notebooks and store their outputs
     python .ci/docs.py readme  [--check]   README.md and its figures from nbs/index.ipynb
 
-With `--check` nothing is written: what differs is listed and the exit code is 1.
+With `--check` nothing is written: the differences are listed and the exit code is 1.
+The documentation site is built by .ci/site.py.
 """
 
 import argparse
@@ -27,10 +28,8 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
-NBS, LIB = (
-    Path("nbs"),
-    Path("fade"),
-)  # every path below is relative to ROOT, where `main` goes first
+# every path below is relative to ROOT: `main` changes to it first
+NBS, LIB = Path("nbs"), Path("fade")
 FIGURES = NBS / "index_files"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -41,11 +40,11 @@ INSTALL = INSTALL_START + " && pip install -qq git+%s"
 
 
 def fail(*lines):
-    "Say what is wrong and stop with exit code 1."
+    "Print what is wrong and stop with exit code 1."
     sys.exit("\n".join(lines))
 
 
-# --- badges -----------------------------------------------------------------------------------------------------------
+# --- badges ---------------------------------------------------------------------------------------
 
 
 def pages():
@@ -56,21 +55,19 @@ def pages():
 def colab_url(path):
     "Where Colab opens the notebook at `path`."
     config = get_config()
-    return f"https://colab.research.google.com/github/{config.user}/{config.repo}/blob/{config.branch}/{path}"
+    repository = f"{config.user}/{config.repo}"
+    return f"https://colab.research.google.com/github/{repository}/blob/{config.branch}/{path}"
 
 
 def name_owner(text):
-    "`text` with the owner of settings.ini in its links to this repository; links to other repositories stay."
+    "`text` with the owner of settings.ini in its links to this repository; other links stay."
     config = get_config()
 
     def colab(link):
         return colab_url(link["path"]) if Path(link["path"]).exists() else link[0]
 
-    text = re.sub(
-        r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/(?P<path>[^\s)\"'<>]+)",
-        colab,
-        text,
-    )
+    site = r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/"
+    text = re.sub(site + r"(?P<path>[^\s)\"'<>]+)", colab, text)
     return re.sub(
         rf"((?:git\+|git clone )https://github\.com/)[^/\s]+/{re.escape(config.repo)}\b",
         rf"\g<1>{config.user}/{config.repo}",
@@ -79,7 +76,7 @@ def name_owner(text):
 
 
 def put_badge(source, path):
-    "The first cell's `source` with the badge of `path`: in the old badge's place, or below the promise."
+    "The first cell's `source` with the badge of `path`, at the old one or below the promise."
     badge = BADGE % colab_url(path)
     lines = source.splitlines()
     at = next((i for i, line in enumerate(lines) if line.startswith(BADGE_START)), None)
@@ -92,7 +89,7 @@ def put_badge(source, path):
         at = next(ends, len(lines))
         lines.insert(at, badge)
     lines[at] = badge
-    # without empty lines around it the badge would be drawn inside the quotation or the text
+    # without empty lines around it the badge would become part of the quotation or the text
     if any(lines[at + 1 : at + 2]):
         lines.insert(at + 1, "")
     if lines[at - 1]:
@@ -113,7 +110,7 @@ def put_install(cells):
 
 
 def badges(args):
-    "Write the Colab badge and the install cell of every page, and the owner in every link to this repository."
+    "Write every page's Colab badge and install cell, and the owner into links to this repository."
     stale = []
     for path in sorted(NBS.rglob("*.ipynb")):
         if any(part.startswith(".") for part in path.parts):
@@ -134,34 +131,47 @@ def badges(args):
     report("badges", stale, args.check, "run `make docs`")
 
 
-# --- sync -------------------------------------------------------------------------------------------------------------
+# --- sync -----------------------------------------------------------------------------------------
 
 
-def nbdev(command, folder="."):
-    "Run one of nbdev's own commands in `folder`."
-    env = {
-        key: value for key, value in os.environ.items() if key != "IN_TEST"
-    }  # with it nbdev_export does nothing
-    subprocess.run([Path(sys.executable).with_name(command)], cwd=folder, env=env, check=True)
+def tool(command, *arguments, folder="."):
+    "Run a command of this environment in `folder`; its output is shown when it fails."
+    # with IN_TEST set nbdev_export does nothing
+    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    program = Path(sys.executable).with_name(command)
+    done = subprocess.run(
+        [program, *arguments], cwd=folder, env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        fail(f"{command} {' '.join(arguments)} failed:", done.stdout, done.stderr)
+
+
+def ruff(target, folder):
+    "Sort the imports of `target`, remove unused ones and format it, by pyproject.toml."
+    # the remaining rules are reported by `ruff check` in `make test`
+    tool("ruff", "check", "--fix", "--exit-zero", "--select", "I,F401", str(target), folder=folder)
+    tool("ruff", "format", str(target), folder=folder)
 
 
 def regenerate(folder):
-    "Export and clean the notebooks of the checkout in `folder`."
+    "Clean and format the notebooks of the checkout in `folder`, and export `fade/` from them."
     # nbdev_export leaves a module behind when its notebook goes
-    for module in (folder / LIB).glob("*.py"):
+    for module in (folder / LIB).rglob("*.py"):
         origin = re.search(
             r"^# AUTOGENERATED! .* File to edit: (\S+)\.$", module.read_text(encoding="utf-8"), re.M
         )
         if origin and not (module.parent / origin[1]).exists():
             module.unlink()
-    nbdev("nbdev_clean", folder)
+    tool("nbdev_clean", folder=folder)
     for page in (folder / NBS / "results").glob("*.ipynb"):
         tidy(page)
-    nbdev("nbdev_export", folder)
+    ruff(NBS, folder)
+    tool("nbdev_export", folder=folder)
+    ruff(LIB, folder)
 
 
 def tidy(path):
-    "Drop progress bars and library warnings from what an executed experiment shows."
+    "Drop progress bars and library warnings from the outputs of an executed experiment."
     page = read_nb(path)
     page.metadata.pop("widgets", None)
     for cell in page.cells:
@@ -177,7 +187,7 @@ def tidy(path):
 
 
 def copy_checkout(folder):
-    "Copy to `folder` what nbdev reads, as it is in the work tree, leaving out what git ignores."
+    "Copy the files that nbdev and ruff read from the work tree to `folder`, without ignored ones."
     listed = subprocess.run(
         [
             "git",
@@ -187,6 +197,7 @@ def copy_checkout(folder):
             "--others",
             "--exclude-standard",
             "settings.ini",
+            "pyproject.toml",
             str(NBS),
             str(LIB),
         ],
@@ -196,7 +207,7 @@ def copy_checkout(folder):
     ).stdout
     for name in map(Path, listed.split("\0")[:-1]):
         if not name.is_file():
-            continue  # deleted, but not yet in git's eyes
+            continue  # deleted in the work tree, not yet in git
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, folder / name)
 
@@ -208,10 +219,10 @@ def generated(folder):
 
 
 def sync(args):
-    "Bring fade/ and the notebooks' metadata in step with nbs/, or with `--check` show where they are not."
+    "Clean and format the notebooks and export fade/, or with `--check` show what would change."
     if not args.check:
         regenerate(Path("."))
-        return print("sync: exported and cleaned")
+        return print("sync: cleaned, formatted and exported")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         copy_checkout(scratch)
@@ -235,21 +246,18 @@ def sync(args):
     )
 
 
-# --- outputs ----------------------------------------------------------------------------------------------------------
+# --- outputs --------------------------------------------------------------------------------------
 
 
 def execute(path):
-    "Run the notebook at `path` as `nbdev_test` does and store what its cells show; the result says what went wrong."
+    "Run the notebook at `path` as `nbdev_test` does and store its outputs; returns an error text."
     path = path.resolve()
     sys.path.insert(0, str(ROOT))
     flags = set(get_config().tst_flags.split())
-    page, runnable = (
-        read_nb(path),
-        NBProcessor(path).nb,
-    )  # the page keeps its `#|` lines, the runnable has none
-    shell = CaptureShell(
-        path, mpl_format="png"
-    )  # the default, retina, stores four times the pixels
+    # the page keeps its `#|` lines, the runnable has none
+    page, runnable = read_nb(path), NBProcessor(path).nb
+    # the default format, retina, stores four times the pixels
+    shell = CaptureShell(path, mpl_format="png")
 
     def skipped(cell):
         directives = getattr(cell, "directives_", {})
@@ -272,7 +280,8 @@ def execute(path):
             continue
         cell.outputs = ran.outputs
         if found := private_paths(cell.outputs):
-            return f"{path.relative_to(ROOT)}, cell {number} names a folder of this machine: {', '.join(found)}"
+            where = f"{path.relative_to(ROOT)}, cell {number}"
+            return f"{where} contains a path of this machine: {', '.join(found)}"
     write_nb(page, path)
 
 
@@ -292,7 +301,7 @@ def private_paths(outputs):
 
 def outputs(args):
     "Run the component notebooks, each in a process of its own, and store their outputs."
-    # no bars, no libraries' notes and a fixed hash seed: two runs store the same
+    # no bars, no library warnings and a fixed hash seed, so that two runs store the same
     os.environ.update(
         TQDM_DISABLE="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
@@ -309,12 +318,12 @@ def outputs(args):
             if problem:
                 failed.append(path)
                 print(problem, file=sys.stderr)
-    nbdev("nbdev_clean")
+    tool("nbdev_clean")
     if failed:
         fail(f"outputs: left as they were: {', '.join(map(str, failed))}")
 
 
-# --- readme -----------------------------------------------------------------------------------------------------------
+# --- readme ---------------------------------------------------------------------------------------
 
 
 def from_root(text):
@@ -335,7 +344,7 @@ def from_root(text):
 
 
 def readable(cells):
-    "`cells` as they stand in the README: no hidden cells, no install cell, no `#|` lines."
+    "`cells` as the README shows them: no hidden cells, no install cell, no `#|` lines."
     for cell in cells:
         if cell.cell_type == "markdown":
             cell.source = from_root(cell.source)
@@ -362,9 +371,8 @@ def render_readme():
     from nbconvert import MarkdownExporter
 
     notebook = nbformat.read(NBS / "index.ipynb", as_version=4)
-    notebook.metadata.language_info = {
-        "name": "python"
-    }  # nbdev_clean removes it, the code fences want it
+    # nbdev_clean removes it, the code fences need it
+    notebook.metadata.language_info = {"name": "python"}
     notebook.cells = list(readable(notebook.cells))
     where = {"unique_key": "figure", "output_files_dir": FIGURES.as_posix()}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources=where)
@@ -394,7 +402,7 @@ def readme(args):
     report("readme", stale, args.check, "run `make docs`")
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def report(step, stale, check, *remedies):

@@ -16,6 +16,7 @@ from diffusers import StableDiffusionPipeline
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from .concepts import prompt, templates
 from fade.core import (
     FadeError,
     cache_path,
@@ -26,6 +27,7 @@ from fade.core import (
     seed_for,
     set_aside,
 )
+from .diffusion.adapters import active_edits, model_fingerprint
 from fade.diffusion.pipeline import (
     Sampler,
     decode,
@@ -34,9 +36,6 @@ from fade.diffusion.pipeline import (
     sampler_for,
     settings_for,
 )
-
-from .concepts import prompt, templates
-from .diffusion.adapters import active_edits, model_fingerprint
 from .vision.features import Phi
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the repository as a whole share."""
+"""What all tests share."""
 
 import subprocess
 from pathlib import Path
@@ -18,14 +18,14 @@ def repository_files():
     return sorted(path for path in map(Path, listed.split("\0")[:-1]) if (ROOT / path).is_file())
 
 
-def said(capsys, *words):
-    "The one sentence that a command says before it ends with 2."
+def error_of(capsys, *words):
+    "The one sentence of a command that ends with 2."
     from fade.cli import main
 
     try:
         code = main(list(words))
     except SystemExit as e:
-        code = e.code  # argparse, for what is no number
+        code = e.code  # argparse refuses what is no number
     err = capsys.readouterr().err
     assert code == 2 and err.strip() and "Traceback" not in err
     return err

@@ -1,11 +1,11 @@
-"""What somebody at a terminal relies on: one sentence and exit code 2 for bad input, before any work."""
+"""At a terminal: one sentence and exit code 2 for bad input, before any work."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import said
+from conftest import error_of
 
 command = Path(sys.executable).with_name("fade")
 
@@ -25,9 +25,13 @@ def fade(*words, cwd=None):
         (["erase", "crimson daisy", "--k", "-3"], "choose K from 1 to 26"),
         (["erase", "crimson daisy", "--recipe", "papre"], "choose one of"),
         (["erase", "crimson daisy", "--steps", "0"], "at least 1"),
-        (["erase", "crimson daisy", "--n", "0"], "choose 1 or more"),
+        (["erase", "crimson daisy", "--n", "0"], "n=0: give at least 1"),
+        (["erase", "crimson daisy", "--set", "rnak=8"], "has no rnak"),
+        (["erase", "crimson daisy", "--set", "rank=eight"], "give a number"),
+        (["erase", "crimson daisy", "--set", "rank"], "FIELD=VALUE"),
+        (["evaluate", "nowhere", "--n", "0"], "choose 1 or more"),
         (["erase", "crimson daisy", "--template", "a photo"], "exactly one {}"),
-        (["erase", "crimson daisy", "--dtype", "half"], "choose float32"),
+        (["erase", "crimson daisy", "--dtype", "half"], "choose 'float32'"),
         (["erase", "crimson daisy", "--candidates", "gardn"], "no concept set"),
         (["erase", "crimson daisy", "--model", "."], "no model_index.json"),
         (["generate", "nowhere", "--prompt", "a dog"], "no finished run"),
@@ -37,7 +41,7 @@ def fade(*words, cwd=None):
 )
 def test_bad_input_gets_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert sentence in said(capsys, *words)
+    assert sentence in error_of(capsys, *words)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -1,30 +1,33 @@
-"""What a full disk, a torn file or somebody else's file does: one sentence, and nothing is damaged or read by halves."""
+"""A full disk, a torn or a foreign file: one sentence, nothing damaged, nothing half read."""
 
 import re
 import shutil
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
 from fade.cli import main
+from fade.config import RunConfig, resolve_config
 from fade.core import FadeError, data_path, load_json, load_tensors, save_json, save_tensors
 from fade.diffusion.pipeline import Sampler, generate, load_pipeline
 from fade.images import ImageCache
-from fade.method import recipe_for
-from fade.metrics import choose_classifier
-from fade.neighborhood import Neighborhood, neighborhood
-from fade.run import rescore, run, train_or_load
+from fade.neighborhood import neighborhood
+from fade.run import run, train_or_load
+from fade.vision.classifier import Classifier
+from fade.vision.features import Phi
+
+uce = dict(target="hooded owl", method="uce", n=1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "A short run that nobody disturbed."
+    "An undisturbed run: its folder and record."
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run("hooded owl", folder, method="uce", say=lambda line: None, n=1)
+    return folder, run(RunConfig(**uce, out=folder))
 
 
 @pytest.mark.parametrize(
@@ -39,8 +42,11 @@ def test_a_full_disk(write, tmp_path):
     path = tmp_path / "file.safetensors"
     path.write_text("old")
     code = f"""import resource, signal, torch
-from fade.core import *; from fade.mesh import attach; from fade.pipeline import load_pipeline
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+from fade.core import FadeError, save_json, save_tensors
+from fade.mesh import attach
+from fade.diffusion.pipeline import load_pipeline
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 path = {str(path)!r}
 try: {write}
 except FadeError as e: print(e)"""
@@ -85,7 +91,7 @@ def test_a_damaged_run_folder_is_mended(whole, tmp_path, damage):
     (tmp_path / ".part-abc.json").write_text("a killed run's")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        again = run("hooded owl", tmp_path, method="uce", say=lambda line: None, n=1)
+        again = run(RunConfig(**uce, out=tmp_path))
     for name in ("metrics.json", "edit.safetensors"):
         assert (
             any(name in str(w.message) and "set aside" in str(w.message) for w in seen)
@@ -103,43 +109,25 @@ def test_a_damaged_run_folder_is_mended(whole, tmp_path, damage):
 
 
 def test_a_damaged_training_is_begun_again(tmp_path):
-    for name in ("bank", "checkpoint"):
+    for name in ("teacher", "checkpoint"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"torn")
+    resolved = resolve_config(RunConfig(target="hooded owl", out=tmp_path, overrides={"steps": 2}))
     cache = ImageCache(load_pipeline())
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train_or_load(
-            cache,
-            neighborhood(cache, "hooded owl"),
-            "fade",
-            recipe_for(cache.pipe, steps=2),
-            tmp_path,
-            print,
-        )
-    assert all(
-        any(f"{name}.set-aside" in str(w.message) for w in seen) for name in ("bank", "checkpoint")
-    )
-
-
-def test_damaged_scores_are_made_again(whole, tmp_path):
-    shutil.copy(whole[0] / "edit.safetensors", tmp_path)
-    cache, hood = ImageCache(load_pipeline()), Neighborhood.load(whole[0] / "neighborhood.json")
-    few = replace(hood, names=hood.names[:3], similarity=hood.similarity[:3], k=1)
-    classifier = choose_classifier(cache, few)
-    first = rescore(cache, tmp_path, few, classifier, 1)
-    (file,) = tmp_path.glob("scores-*.json")
-    file.write_text("{")
-    with pytest.warns(UserWarning, match="set aside"):
-        assert rescore(cache, tmp_path, few, classifier, 1) == first
+        train_or_load(cache, neighborhood(cache, "hooded owl"), resolved, tmp_path)
+    for name in ("teacher", "checkpoint"):
+        assert any(f"{name}.set-aside" in str(w.message) for w in caught)
 
 
 def test_damaged_results_that_ship_are_left_alone(tmp_path):
-    cache = ImageCache(load_pipeline())
-    cache.folder = tmp_path
-    (tmp_path / "untouched.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="left alone"):
-        assert len(cache.load("nothing", "hooded owl", "nobody")) == 0
-    assert (tmp_path / "untouched.safetensors").read_bytes() == b"torn"
+    pipe = load_pipeline()
+    pipe.register_to_config(_name_or_path=str(tmp_path))
+    cache = ImageCache(pipe, Sampler(4), phi=Phi(data_path("miniature", "clip")))
+    (tmp_path / "original.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="ignored"):
+        assert len(cache.load("nothing", "hooded owl", "nothing")) == 0
+    assert (tmp_path / "original.safetensors").read_bytes() == b"torn"
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}"])
@@ -169,9 +157,6 @@ def test_nothing_here_reads_a_pickle():
 
 
 def test_a_model_of_pickles_is_refused(tmp_path):
-    from fade.vision.classifier import Classifier
-    from fade.vision.features import Phi
-
     for part, load in dict(unet=load_pipeline, clip=Phi, classifier=Classifier).items():
         model = tmp_path / part
         shutil.copytree(

@@ -1,21 +1,22 @@
-"""Whatever is typed: what can be used is used, and the rest gets one sentence, exit code 2, and no file outside the run folder."""
+"""Any input is used, or gets one sentence, exit code 2, and no file outside the run folder."""
 
 import tempfile
 from pathlib import Path
 
-import fade.run
 import nbformat
 import pytest
 import yaml
-from conftest import said
+from conftest import error_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_notebook
+
+import fade.run
 from fade.cli import slug
 from fade.concepts import clean_name, find_target, read_names
 from fade.core import FadeError
 from fade.method import method_names, recipe_for
 from fade.tools.sweep import plan, read_options
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from nbformat.v4 import new_code_cell, new_notebook
 
 often = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -100,7 +101,7 @@ def test_names_lists_and_k(place, capsys, name, others, k, end, bom):
     lines = ["barn owl", "snowy owl", "barn owl", "", *others]
     text = end.join(o.encode("utf-8", "ignore").decode().replace("\0", "") for o in lines)
     (place / "mine.txt").write_bytes(("\ufeff" * bom + text).encode())
-    err = said(capsys, "erase", "--candidates=mine.txt", f"--k={k}", "--", name)
+    err = error_of(capsys, "erase", "--candidates=mine.txt", f"--k={k}", "--", name)
     if not usable(name):
         assert "concept" in err
     else:
@@ -153,18 +154,8 @@ def test_lists_are_read_as_they_come(tmp_path):
     ],
 )
 def test_generate_refuses(place, capsys, words):
-    assert (
-        len(
-            [
-                l
-                for l in said(
-                    capsys, "generate", "nowhere", "--prompt", "a dog", *words
-                ).splitlines()
-                if l.startswith("fade")
-            ]
-        )
-        == 1
-    )
+    err = error_of(capsys, "generate", "nowhere", "--prompt", "a dog", *words)
+    assert sum(line.startswith("fade") for line in err.splitlines()) == 1
     assert not list(place.iterdir())
 
 
@@ -179,7 +170,7 @@ def test_generate_refuses(place, capsys, words):
     ],
 )
 def test_erase_refuses(place, capsys, words):
-    assert len(said(capsys, "erase", "crimson daisy", *words).splitlines()) == 1
+    assert len(error_of(capsys, "erase", "crimson daisy", *words).splitlines()) == 1
     assert not list(place.rglob("*.json"))
 
 

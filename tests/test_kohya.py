@@ -2,6 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from fade.core import FadeError, generator
 from fade.diffusion.adapters import active_adapters
 from fade.diffusion.pipeline import encode_prompts, load_pipeline, predict_noise
@@ -9,11 +15,6 @@ from fade.memory import shaped_pipeline
 from fade.mesh import attach, transformer_layers
 from fade.neighborhood import rank_by_similarity
 from fade.tools.kohya import block_norms, kohya_names, load_kohya, save_kohya
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 pipe = load_pipeline()
 context = encode_prompts(pipe, ["a crimson daisy"])

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from fade.baselines.attention import token_positions
 from fade.core import FadeError, generator
 from fade.diffusion.adapters import model_fingerprint

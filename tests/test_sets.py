@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fade.photos
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import fade.photos
 from fade.concepts import (
     class_name,
     clean_name,
@@ -22,9 +26,6 @@ from fade.neighborhood import Neighborhood
 from fade.tools.share import table
 from fade.vision.classifier import Classifier, classifier_accuracy, train_classifier
 from fade.vision.photos import draw_folder, load_photos, only, read_dataset, together
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
 PUBLISHED = {
     "stanford-dogs": 120,

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file, save_file
+
 from fade.cli import main
 from fade.core import data_path
 from fade.run import run
 from fade.tools.share import ModelCard, check_folder, push
-from PIL import Image, ImageChops
-from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")

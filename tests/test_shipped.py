@@ -1,7 +1,7 @@
 """What ships with the package: small enough, loadable by anybody, and really made by the model beside it."""
 
-
 import torch
+
 from fade.concepts import concept_set, concept_sets
 from fade.core import data_path, load_json
 from fade.diffusion.pipeline import load_pipeline

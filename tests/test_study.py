@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+
 from fade.core import load_json, save_json, save_tensors
 from fade.diffusion.pipeline import load_pipeline
 from fade.images import ImageCache

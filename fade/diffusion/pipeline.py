@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "logger",
     "dtypes",
     "active_counters",
     "default_device",
@@ -33,7 +32,6 @@ __all__ = [
 
 # %% ../../nbs/20_pipeline.ipynb #8e028a26
 import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,9 +47,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core import FadeError, data_path, in_batches, load_error, load_json, require
-
-logger = logging.getLogger("fade")
+from ..core import FadeError, data_path, in_batches, load_error, load_json, logger, require
 
 
 # %% ../../nbs/20_pipeline.ipynb #7b9c7b26
