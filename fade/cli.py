@@ -38,7 +38,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .concepts import clean_name, concept_set, concept_sets, find_target, prompt, templates
 from fade.core import (
     FadeError,
     atomic_write,
@@ -48,6 +47,8 @@ from fade.core import (
     require,
     save_json,
 )
+
+from .concepts import clean_name, concept_set, concept_sets, find_target, prompt, templates
 
 # %% ../nbs/90_cli.ipynb #1c577191
 of_miniature = "the miniature that ships with fade"

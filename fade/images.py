@@ -16,7 +16,6 @@ from diffusers import StableDiffusionPipeline
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .concepts import prompt, templates
 from fade.core import (
     FadeError,
     cache_path,
@@ -27,7 +26,6 @@ from fade.core import (
     seed_for,
     set_aside,
 )
-from .diffusion.adapters import active_edits, model_fingerprint
 from fade.diffusion.pipeline import (
     Sampler,
     decode,
@@ -36,6 +34,9 @@ from fade.diffusion.pipeline import (
     sampler_for,
     settings_for,
 )
+
+from .concepts import prompt, templates
+from .diffusion.adapters import active_edits, model_fingerprint
 from .vision.features import Phi
 
 

@@ -40,7 +40,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import FadeError, atomic_write, edit_files, require, seed_for
 from fade.diffusion.adapters import (
     active_adapters,
     edit_registry,
@@ -48,6 +47,8 @@ from fade.diffusion.adapters import (
     require_same_model,
     set_active_adapters,
 )
+
+from .core import FadeError, atomic_write, edit_files, require, seed_for
 
 # %% ../nbs/40_mesh.ipynb #da1f2f75
 transformer_layers = (

@@ -41,7 +41,6 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tqdm.auto import tqdm
 
-from .config import Resolved, RunConfig, resolve_config
 from fade.core import (
     FadeError,
     data_path,
@@ -54,7 +53,6 @@ from fade.core import (
     save_json,
     set_aside,
 )
-from .diffusion.adapters import dtype_name, model_fingerprint
 from fade.diffusion.pipeline import (
     Sampler,
     count_forwards,
@@ -62,12 +60,6 @@ from fade.diffusion.pipeline import (
     load_pipeline,
     predict_noise,
 )
-from .figures import save_figure
-from .images import ImageCache
-from .memory import sampler_that_fits
-from .method import BaseRecipe, get_method, load_edit, read_edit_metadata
-from .metrics import choose_classifier, evaluate
-from .neighborhood import Neighborhood, neighborhood, shortlist_images
 from fade.report import (
     before_after,
     plot_losses,
@@ -76,6 +68,15 @@ from fade.report import (
     score_names,
     score_table,
 )
+
+from .config import Resolved, RunConfig, resolve_config
+from .diffusion.adapters import dtype_name, model_fingerprint
+from .figures import save_figure
+from .images import ImageCache
+from .memory import sampler_that_fits
+from .method import BaseRecipe, get_method, load_edit, read_edit_metadata
+from .metrics import choose_classifier, evaluate
+from .neighborhood import Neighborhood, neighborhood, shortlist_images
 
 
 # %% ../nbs/71_run.ipynb #7d540c9d

@@ -26,13 +26,14 @@ from diffusers import StableDiffusionPipeline
 from fastcore.basics import patch
 from torch import nn
 
-from .core import edit_files, load_tensors, require, save_tensors
 from fade.diffusion.adapters import (
     active_edits,
     edit_registry,
     require_finite_strength,
     require_same_model,
 )
+
+from .core import edit_files, load_tensors, require, save_tensors
 
 # %% ../nbs/41_weights.ipynb #24c38737
 cross_kv = r"attn2\.to_[kv]\."  # keys and values of cross-attention: where the prompt enters

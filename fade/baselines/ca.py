@@ -35,8 +35,6 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fastcore.basics import patch
 from pydantic import Field, field_validator
 
-from ..concepts import ConceptSet, clean_name, concept_set, concept_sets, prompt, templates
-from ..core import generator, require
 from fade.diffusion.pipeline import (
     Sampler,
     add_noise,
@@ -45,7 +43,6 @@ from fade.diffusion.pipeline import (
     predict_noise,
     signal_levels,
 )
-from ..images import ImageCache
 from fade.method import (
     BaseRecipe,
     Method,
@@ -55,6 +52,10 @@ from fade.method import (
     run_identity,
     train_edit,
 )
+
+from ..concepts import ConceptSet, clean_name, concept_set, concept_sets, prompt, templates
+from ..core import generator, require
+from ..images import ImageCache
 from ..neighborhood import Neighborhood
 from ..weights import WeightEdit, cross_kv, load_weight_edit
 
@@ -116,6 +117,7 @@ def anchor_for(
     return name
 
 
+# %% ../../nbs/52_ca.ipynb #68434f61
 @patch
 def check(self: CaRecipe, target: str, concepts: ConceptSet) -> None:
     "Raise `FadeError` when there is no anchor for the target, before any image is made."
@@ -297,8 +299,7 @@ def ca_step_loss(
         t, noise, x = add_random_noise(x0, levels, g)
         c = torch.cat([embed(w + prompt(target, image_templates[j])) for w, j in zip(words, i)])
         a = torch.cat([embed(prompt(anchor, image_templates[j])) for j in i])
-        x, t_ = x.to(pipe.device, c.dtype), t.to(pipe.device)
-        eps, teacher = student_and_teacher(pipe, x, t_, c, a, recipe.prior > 0)
+        eps, teacher = student_and_teacher(pipe, x, t, c, a, recipe.prior > 0)
         truth = exact_prediction(pipe, x0, noise, levels[t]).to(pipe.device)
         return ablation_loss(eps, teacher, truth, mask.to(pipe.device), recipe.prior)
 
@@ -315,6 +316,7 @@ def student_and_teacher(
     prior: bool,  # the teacher needs a gradient, too
 ) -> tuple[torch.Tensor, torch.Tensor]:  # `(n,4,h,w)` each
     "Predictions of the same U-Net for both prompts, in one forward where both need a gradient."
+    x, t = x.to(c), t.to(c.device)
     if prior:
         both = predict_noise(pipe, torch.cat([x, x]), torch.cat([t, t]), torch.cat([c, a]))
         return both.float().chunk(2)

@@ -28,11 +28,6 @@ from fastcore.basics import patch
 from pydantic import Field
 from tqdm.auto import tqdm
 
-from ..core import fingerprint, generator
-from ..diffusion.pipeline import encode_prompts, guided_noise, predict_noise, signal_levels
-from ..diffusion.trajectory import ddim_for, ddim_step, denoise_to
-from ..images import ImageCache
-from ..losses import squared_error
 from fade.method import (
     BaseRecipe,
     Method,
@@ -42,6 +37,12 @@ from fade.method import (
     run_identity,
     train_edit,
 )
+
+from ..core import fingerprint, generator
+from ..diffusion.pipeline import encode_prompts, guided_noise, predict_noise, signal_levels
+from ..diffusion.trajectory import ddim_for, ddim_step, denoise_to
+from ..images import ImageCache
+from ..losses import squared_error
 from ..neighborhood import Neighborhood
 from ..teacher import load_or_build, teacher_predictions
 from ..weights import WeightEdit, cross_all, cross_kv, load_weight_edit, not_cross

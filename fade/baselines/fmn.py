@@ -25,11 +25,6 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fastcore.basics import patch
 from pydantic import Field, field_validator
 
-from .attention import capture_attention, token_positions
-from ..concepts import prompt
-from ..core import generator
-from ..diffusion.pipeline import add_noise, encode_prompts, predict_noise, signal_levels
-from ..images import ImageCache
 from fade.method import (
     BaseRecipe,
     Method,
@@ -38,8 +33,14 @@ from fade.method import (
     run_identity,
     train_edit,
 )
+
+from ..concepts import prompt
+from ..core import generator
+from ..diffusion.pipeline import add_noise, encode_prompts, predict_noise, signal_levels
+from ..images import ImageCache
 from ..neighborhood import Neighborhood
 from ..weights import WeightEdit, cross_all, cross_kv, load_weight_edit
+from .attention import capture_attention, token_positions
 
 # %% ../../nbs/53_fmn.ipynb #53af3d32
 fmn_weights = {"all": "", "attn2": cross_all, "kv": cross_kv}  # name to pattern

@@ -15,6 +15,7 @@ __all__ = [
     "receler_loss",
     "receler_noise",
     "receler_samples",
+    "receler_student",
     "receler_step_loss",
     "erase_receler",
 ]
@@ -22,6 +23,7 @@ __all__ = [
 # %% ../../nbs/56_receler.ipynb #5ae027da
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +33,6 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import nn
 
-from .attention import capture_attention, token_positions
 from fade.core import (
     FadeError,
     edit_files,
@@ -42,15 +43,10 @@ from fade.core import (
     seed_for,
 )
 from fade.diffusion.adapters import (
-    active_edits,
     edit_registry,
     require_finite_strength,
     require_same_model,
 )
-from ..diffusion.pipeline import encode_prompts, predict_noise
-from ..diffusion.trajectory import denoise_to
-from ..images import ImageCache
-from ..losses import squared_error
 from fade.method import (
     BaseRecipe,
     Method,
@@ -59,7 +55,14 @@ from fade.method import (
     run_identity,
     train_edit,
 )
+
+from ..diffusion.pipeline import encode_prompts, predict_noise
+from ..diffusion.trajectory import denoise_to
+from ..images import ImageCache
+from ..losses import squared_error
 from ..neighborhood import Neighborhood
+from ..weights import require_new_edit
+from .attention import capture_attention, token_positions
 
 
 # %% ../../nbs/56_receler.ipynb #f3ace4e3
@@ -126,13 +129,10 @@ class Erasers:
         seed: int = 0,  # of the random Down
         about: dict | None = None,  # what is saved with it
     ):
+        require_new_edit(pipe, name)
         self.pipe, self.unet, self.name, self.enabled = pipe, pipe.unet, name, True
         self.about = {**(about or {}), "method": "receler"}
         self.outputs: dict[str, torch.Tensor] | None = None  # r by layer, while recorded
-        require(
-            name not in active_edits(self.unet),
-            f"The pipeline already has an edit '{name}': choose another name or detach it first.",
-        )
         self.grads = {p: p.requires_grad for p in self.unet.parameters()}
         self.add_layers(width, seed)
         edit_registry(self.unet).active[name] = self.tensors = dict(self.params)
@@ -364,6 +364,18 @@ def train_tokens(
     return history
 
 
+# %% ../../nbs/56_receler.ipynb #36ae75c9
+@patch
+def attack(
+    self: AdversarialTokens,
+    student: Callable[[torch.Tensor], torch.Tensor],  # vectors to a prediction, `(n,4,h,w)`
+    eps_target: torch.Tensor,  # teacher for c, `(n,4,h,w)`
+    steps: int,  # updates
+) -> list[float]:  # the error before each update
+    "Optimize the vectors towards the teacher's prediction for the concept."
+    return self.train_tokens(lambda v: squared_error(student(v), eps_target).mean(), steps)
+
+
 # %% ../../nbs/56_receler.ipynb #b7a70f75
 def receler_loss(
     eps: torch.Tensor,  # student for c+v, `(n,4,h,w)`
@@ -430,6 +442,21 @@ def recorded(self: Erasers) -> Iterator[dict[str, torch.Tensor]]:
         self.outputs = None
 
 
+# %% ../../nbs/56_receler.ipynb #063d06d7
+def receler_student(
+    pipe: StableDiffusionPipeline,
+    tokens: AdversarialTokens,
+    x: torch.Tensor,  # latents, `(n,4,h,w)`
+    t: torch.Tensor,  # timestep, `()`
+    c: torch.Tensor,  # embedding of the target, `(1,L,d)`
+    last: int,  # position of its last token
+    v: torch.Tensor | None = None,  # adversarial tokens; those of `tokens` when left out
+) -> torch.Tensor:  # `(n,4,h,w)`
+    "The present prediction for c+v."
+    embeds = tokens.insert(c.expand(len(x), -1, -1), last, v)
+    return predict_noise(pipe, x, t, embeds).float()
+
+
 # %% ../../nbs/56_receler.ipynb #ce6e12e7
 def receler_step_loss(
     pipe: StableDiffusionPipeline,
@@ -445,15 +472,8 @@ def receler_step_loss(
 
     def loss(step):
         x, t, eps_null, eps_target, M = sample(step)
-
-        def student(v=None):
-            embeds = tokens.insert(c.expand(len(x), -1, -1), last, v)
-            return predict_noise(pipe, x, t, embeds).float()
-
-        def miss(v):
-            return squared_error(student(v), eps_target).mean()
-
-        tokens.train_tokens(miss, recipe.inner_steps - 1)
+        student = partial(receler_student, pipe, tokens, x, t, c, last)
+        tokens.attack(student, eps_target, recipe.inner_steps - 1)
         with edit.recorded() as outputs:
             eps = student()
         weights = recipe.eta, recipe.locality_weight

@@ -137,7 +137,8 @@ def erase_uce(
         raise
     for weight in edit.params.values():
         weight.requires_grad_(False)
-    before, after = (residuals(w, edit.kept, *features) for w in (edit.kept, edit.new))
+    both = (edit.original, edit.edited)
+    before, after = (residuals(weights, edit.original, *features) for weights in both)
     return edit, [dict(step=0, **before), dict(step=1, **after)]
 
 
@@ -149,11 +150,11 @@ def solve_all(
     p: float,  # weight of preserving
 ) -> None:
     "Solve for every edited matrix. Raises `FadeError` when a solution is not finite."
-    for name, weight in edit.layers.items():
-        solution = edited_matrix(edit.kept[name], *features, recipe.damping, recipe.erase, p)
-        weight.data = edit.new[name] = solution
+    for name, W in edit.original.items():
+        edit.edited[name] = edited_matrix(W, *features, recipe.damping, recipe.erase, p)
+    edit.set_weights(edit.edited)
     require(
-        all(w.isfinite().all() for w in edit.new.values()),
+        all(w.isfinite().all() for w in edit.edited.values()),
         f"The edited weights are not finite: give erase ({recipe.erase}), preserve ({p}) and "
         f"damping ({recipe.damping}) of ordinary size.",
     )

@@ -44,9 +44,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from ..concepts import clean_name, concept_set, concept_sets, prompt, templates
 from ..core import FadeError, generator, load_json, require, save_json, seed_all, seed_for
 from ..loop import fit
-from .worlds import render
 from ..vision.classifier import jitter, train_classifier
 from ..vision.features import to_bytes, to_pixels
+from .worlds import render
 
 
 # %% ../../nbs/24_miniature.ipynb #0882303a

@@ -46,7 +46,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..concepts import prompt
 from fade.core import (
     FadeError,
     atomic_write,
@@ -57,6 +56,8 @@ from fade.core import (
     require,
     save_json,
 )
+
+from ..concepts import prompt
 from ..method import get_method
 from ..report import require_finished_run
 

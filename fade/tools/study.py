@@ -87,8 +87,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
-# %% ../../nbs/83_study.ipynb #f9beb0bd
-from ..concepts import prompt
 from fade.core import (
     FadeError,
     atomic_write,
@@ -101,6 +99,9 @@ from fade.core import (
     save_json,
     seed_for,
 )
+
+# %% ../../nbs/83_study.ipynb #f9beb0bd
+from ..concepts import prompt
 from ..diffusion.adapters import base_model, model_fingerprint
 from ..diffusion.pipeline import Sampler, generate, load_pipeline
 from ..figures import figure

@@ -33,7 +33,6 @@ from safetensors import SafetensorError
 from scipy.stats import binomtest
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from ..concepts import concept_set, map_labels, prompt, templates
 from fade.core import (
     FadeError,
     generator,
@@ -44,6 +43,8 @@ from fade.core import (
     seed_all,
     seed_for,
 )
+
+from ..concepts import concept_set, map_labels, prompt, templates
 from ..loop import fit
 from .features import Phi, preprocessing, to_pil, to_pixels
 
