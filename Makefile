@@ -58,8 +58,8 @@ check-pages: setup
 	@$(docs) readme --check
 
 test-notebooks: setup
-	@echo "== test 4/5: every cell of the component notebooks runs"
-	@$(limit) $(bin)/nbdev_test --n_workers 2 --timing --file_re '^[0-9]'
+	@echo "== test 4/5: every cell of the pages runs"
+	@$(limit) $(bin)/nbdev_test --n_workers 2 --timing --file_re '^([0-9]|index)'
 
 test-package: setup
 	@echo "== test 5/5: tests/"
@@ -78,6 +78,6 @@ docs: setup ## everything generated: badges, fade/, notebook outputs, README.md
 	@$(docs) outputs $(NB)
 	@$(docs) readme
 
-site: setup ## the documentation site in site/
+site: setup ## the documentation site in build/site
 	@echo "== site: mkdocs build --strict"
 	@$(bin)/python .ci/site.py

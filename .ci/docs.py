@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # every path below is relative to ROOT: `main` changes to it first
 NBS, LIB = Path("nbs"), Path("fade")
 FIGURES = NBS / "index_files"
+# texts written by hand that link to this repository
+TEXTS = ["nbs/README.md", "CONTRIBUTING.md", "CITATION.cff", "docs/howto/*.md"]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 BADGE_START = "[![Open In Colab]("
@@ -68,8 +70,9 @@ def name_owner(text):
 
     site = r"https://colab\.research\.google\.com/github/[^/\s]+/[^/\s]+/blob/[^/\s]+/"
     text = re.sub(site + r"(?P<path>[^\s)\"'<>]+)", colab, text)
+    before = r"((?:git\+|git clone |repository-code: )https://github\.com/)"
     return re.sub(
-        rf"((?:git\+|git clone )https://github\.com/)[^/\s]+/{re.escape(config.repo)}\b",
+        rf"{before}[^/\s]+/{re.escape(config.repo)}\b",
         rf"\g<1>{config.user}/{config.repo}",
         text,
     )
@@ -128,6 +131,12 @@ def badges(args):
             stale.append(path)
             if not args.check:
                 write_nb(notebook, path)
+    for path in sorted(path for pattern in TEXTS for path in Path().glob(pattern)):
+        old = path.read_text(encoding="utf-8")
+        if (new := name_owner(old)) != old:
+            stale.append(path)
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
     report("badges", stale, args.check, "run `make docs`")
 
 

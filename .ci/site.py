@@ -52,6 +52,7 @@ def repository():
 def published():
     "The place on the site of every file that becomes a page, by the file's path in the repository."
     places = {Path("README.md"): "index.md", NBS / "README.md": "pages/index.md"}
+    places[RESULTS / "README.md"] = "results/index.md"
     places |= {Path(f"{name}.md"): f"{name.lower()}.md" for name in ("CONTRIBUTING", "CHANGELOG")}
     places |= {path: f"howto/{path.name}" for path in sorted(Path("docs/howto").glob("*.md"))}
     places |= {path: f"pages/{path.stem}.md" for path in sorted(NBS.glob("[0-9]*.ipynb"))}
@@ -82,7 +83,9 @@ class Links:
     "Rewrites the links between the repository's files to links between the site's pages."
 
     def __init__(self, places):
-        self.places, self.broken, self.copied = places, [], {}
+        # README.md is made from index.ipynb
+        self.places = {**places, NBS / "index.ipynb": places[Path("README.md")]}
+        self.broken, self.copied = [], {}
         self.url, self.branch = repository()
 
     def resolve(self, target, source, here):
@@ -262,12 +265,13 @@ def navigation(places):
         - shown
     ):
         fail(f"site: nbs/README.md lists no {', '.join(sorted(map(str, missing)))}.")
-    in_folder = {f: [p for p in places if p.parent == f] for f in (RESULTS, EXPERIMENTS)}
+    notebooks = [p for p in places if p.suffix == ".ipynb"]
+    in_folder = {f: [p for p in notebooks if p.parent == f] for f in (RESULTS, EXPERIMENTS)}
     return [
         {"Start": places[Path("README.md")]},
         {"How-to": [places[p] for p in places if p.parent == Path("docs/howto")]},
         {"Pages": [places[NBS / "README.md"], *groups]},
-        section("Results", in_folder[RESULTS]),
+        {"Results": [places[RESULTS / "README.md"], *section("", in_folder[RESULTS])[""]]},
         section("Experiments", in_folder[EXPERIMENTS]),
         {"API": [{name: f"api/{name}.md"} for name in modules()]},
         {"Project": ["contributing.md", "changelog.md"]},

@@ -348,7 +348,7 @@ def signatures(module):
                 if inspect.isfunction(value) and (key == "__call__" or not key.startswith("_")):
                     if value.__module__.startswith("fade"):
                         yield f"{name}.{key}", value
-        elif callable(thing):
+        elif inspect.isfunction(inspect.unwrap(thing)):
             yield name, thing
 
 

@@ -1,4 +1,7 @@
-"""The paper's data sets: names that a prompt can hold, labels that mean what they say, and a judge trained on photographs as on tensors."""
+"""Concept sets and photographs.
+
+Names fit for prompts, class labels of other sources, and classifiers trained on photographs.
+"""
 
 import io
 import subprocess
@@ -7,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import fade.photos
+import fade.vision.photos
 from fade.concepts import (
     class_name,
     clean_name,
@@ -23,9 +27,14 @@ from fade.concepts import (
 )
 from fade.core import FadeError, data_path, load_json, load_tensors
 from fade.neighborhood import Neighborhood
-from fade.tools.share import table
 from fade.vision.classifier import Classifier, classifier_accuracy, train_classifier
-from fade.vision.photos import draw_folder, load_photos, only, read_dataset, together
+from fade.vision.photos import (
+    join_photos,
+    load_photos,
+    read_dataset,
+    render_folder,
+    select_classes,
+)
 
 PUBLISHED = {
     "stanford-dogs": 120,
@@ -36,43 +45,35 @@ PUBLISHED = {
 }
 
 
+def labels_of(name):
+    "The labels of a published set, in class order."
+    return data_path("sets", f"{name}.txt").read_text().splitlines()
+
+
 @pytest.mark.parametrize("name, classes", PUBLISHED.items())
-def test_names_are_fit_for_a_prompt(name, classes):
+def test_names_suit_a_prompt(name, classes):
     cs = concept_set(name)
-    assert (
-        len(cs.classes) == classes
-        and set(cs.classes) == set(cs.names)
-        and len(set(cs.names)) == len(cs.names)
-    )
+    assert len(cs.classes) == classes
+    assert set(cs.classes) == set(cs.names)
+    assert len(set(cs.names)) == len(cs.names)
     for c in cs.names:
         assert c == c.lower() == clean_name(c) and not c[:3].isdigit() and "_" not in c
     assert cs.targets and set(cs.targets) <= set(cs.names)
     assert {"source", "license", "targets_note", "photos"} <= set(cs.about)
-    labels = data_path("sets", f"{name}.txt").read_text().splitlines()
-    assert all(cs.find(label) for label in labels)  # the data set's own spelling finds each
+    assert all(cs.find(label) for label in labels_of(name))  # each label finds its name
 
 
-def test_a_renamed_concept_was_there():
-    import yaml
-
-    for name in PUBLISHED:
-        plain = {class_name(o) for o in data_path("sets", f"{name}.txt").read_text().splitlines()}
-        assert (
-            set(yaml.safe_load(data_path("sets", f"{name}.yaml").read_text()).get("rename", {}))
-            <= plain
-        )
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_renamed_concepts_are_labels_of_the_set(name):
+    about = yaml.safe_load(data_path("sets", f"{name}.yaml").read_text())
+    assert set(about.get("rename", {})) <= set(map(class_name, labels_of(name)))
 
 
 def test_the_known_neighbors_of_the_blue_jay_are_candidates():
     target, cs = find_target("Blue Jay")
     assert (target, cs.name, cs.superclass) == ("blue jay", "cub", "bird")
-    assert {
-        "florida jay",
-        "white breasted nuthatch",
-        "green jay",
-        "cardinal",
-        "blue winged warbler",
-    } <= set(cs.names)
+    neighbors = {"florida jay", "white breasted nuthatch", "green jay", "cardinal"}
+    assert neighbors | {"blue winged warbler"} <= set(cs.names)
 
 
 def test_where_a_name_of_several_sets_is_found():
@@ -83,16 +84,14 @@ def test_where_a_name_of_several_sets_is_found():
     for world in world_names():
         for c in concept_set(world).names:
             assert find_target(c)[1].name == world
-    with pytest.raises(FadeError, match="knows only"):
-        find_target("Boxer", drawn=True)
+    with pytest.raises(FadeError, match="was trained only"):
+        find_target("Boxer", rendered=True)
 
 
 def test_unrelated_concepts():
-    "Those of the drawn worlds are what they were, in their order; those of a published set are another's, and none is its own."
-    assert unrelated_concepts("garden") == [
-        *concept_set("aviary").names,
-        *concept_set("kennel").names,
-    ]
+    "A world has those of the other worlds, a published set those of another without its own."
+    birds, dogs = concept_set("aviary").names, concept_set("kennel").names
+    assert unrelated_concepts("garden") == [*birds, *dogs]
     hood = Neighborhood("german shepherd", ["malinois"] * 20, [0.0] * 20, 5, "stanford-dogs")
     assert set(hood.unrelated()) == set(concept_set("imagenette").names) - {"english springer"}
     assert Neighborhood("a", list("bcdefghijk"), [0.0] * 10, 2, "mine").unrelated(3) == list("ijk")
@@ -106,23 +105,21 @@ def test_unrelated_concepts():
 def test_labels_in_any_order_and_spelling(name, rng):
     cs = concept_set(name)
     order = rng.sample(range(len(cs.classes)), len(cs.classes))
-    labels = data_path("sets", f"{name}.txt").read_text().splitlines()
-    spelt = [
-        rng.choice([str, str.upper, lambda o: class_name(o).replace(" ", "_")])(labels[i])
-        for i in order
-    ]
-    assert map_labels([o.replace("N0", "n0") for o in spelt], cs) == [cs.classes[i] for i in order]
+    labels = [labels_of(name)[i] for i in order]
+    styles = [str, str.upper, lambda o: class_name(o).replace(" ", "_")]
+    spelled = [rng.choice(styles)(label).replace("N0", "n0") for label in labels]
+    assert map_labels(spelled, cs) == [cs.classes[i] for i in order]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_numbers_are_no_names(name):
+def test_class_numbers_are_not_names(name):
     n = len(concept_set(name).classes)
     with pytest.raises(FadeError, match="rename its classes"):
         map_labels(sorted(str(i + 1) for i in range(n)), concept_set(name))
 
 
-def table(names, **columns):
-    "A data set as a hub might hold it: one gray image a row, its shade the row's number."
+def hub_table(names, **columns):
+    "A data set in the form of a hub: one gray image a row, its brightness the row's number."
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as Picture
 
@@ -144,54 +141,50 @@ def table(names, **columns):
     )
 
 
-def test_a_hubs_columns(monkeypatch):
-    "Whatever the columns are called and however the classes are ordered, a photograph gets its own name."
-    monkeypatch.setattr(
-        fade.photos,
-        "read_dataset",
-        lambda source, split: table(["Pug", "Boxer", "Malinois"], label=[0, 2, 1]),
-    )
+@pytest.fixture
+def hub(monkeypatch):
+    "A function that replaces every data set by one, or each hub id by its own."
+
+    def replace(table):
+        def read(source, split):
+            return table[source["path"]] if isinstance(table, dict) else table
+
+        monkeypatch.setattr(fade.vision.photos, "read_dataset", read)
+
+    return replace
+
+
+def test_columns_of_a_hub(hub):
+    "With any column names and any order of classes, a photograph gets the right name."
+    hub(hub_table(["Pug", "Boxer", "Malinois"], label=[0, 2, 1]))
     dogs = load_photos("stanford-dogs", size=8)
     assert dogs.names == ["malinois", "boxer dog", "pug"]  # the set's order
     assert [dogs.names[i] for i in dogs.labels] == ["pug", "malinois", "boxer dog"]
     assert dogs[:].flatten(1)[:, 0].tolist() == [0, 1, 2] and dogs.shape == (3, 3, 8, 8)
-    monkeypatch.setattr(
-        fade.photos, "read_dataset", lambda source, split: table([], labels=["pug", "boxer", "pug"])
-    )
+    hub(hub_table([], labels=["pug", "boxer", "pug"]))
     assert load_photos("stanford-dogs").labels.bincount().tolist() == [1, 2]
-    monkeypatch.setattr(
-        fade.photos, "read_dataset", lambda source, split: table([], labels=[0, 1, 2])
-    )
-    with pytest.raises(FadeError, match="no names of stanford-dogs"):
+    hub(hub_table([], labels=[0, 1, 2]))
+    with pytest.raises(FadeError, match="not names of stanford-dogs"):
         load_photos("stanford-dogs")
-    monkeypatch.setattr(fade.photos, "read_dataset", lambda source, split: table([], breed=["pug"]))
+    hub(hub_table([], breed=["pug"]))
     with pytest.raises(FadeError, match="none of classes"):
         load_photos("stanford-dogs")
 
 
-def test_a_set_and_what_it_is_contrasted_with(monkeypatch):
-    hub = {
-        "amaye15/stanford-dogs": ["Pug", "Boxer"],
-        "frgfm/imagenette": ["English springer", "church"],
-    }
-    monkeypatch.setattr(
-        fade.photos,
-        "read_dataset",
-        lambda source, split: table(hub[source["path"]], label=[0, 1, 1]),
-    )
+def test_a_set_joined_with_unrelated_photographs(hub):
+    dogs = hub_table(["Pug", "Boxer"], label=[0, 1, 1])
+    others = hub_table(["English springer", "church"], label=[0, 1, 1])
+    hub({"amaye15/stanford-dogs": dogs, "frgfm/imagenette": others})
     dogs, others = load_photos("stanford-dogs", size=8), load_photos("imagenette", size=8)
-    both = together(dogs, only(others, unrelated_concepts("stanford-dogs"), 1))
-    assert both.names == ["boxer dog", "pug", "church"] and both.labels.bincount().tolist() == [
-        2,
-        1,
-        1,
-    ]
+    both = join_photos(dogs, select_classes(others, unrelated_concepts("stanford-dogs"), 1))
+    assert both.names == ["boxer dog", "pug", "church"]
+    assert both.labels.bincount().tolist() == [2, 1, 1]
     with pytest.raises(FadeError, match="no photographs of tench"):
-        only(dogs, ["tench"])
+        select_classes(dogs, ["tench"])
 
 
 @pytest.mark.parametrize(
-    "error, says",
+    "error, sentence",
     [
         (Exception("Dataset 'a/b' is a gated dataset on the Hub."), "accept its terms"),
         (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "loading script"),
@@ -199,25 +192,25 @@ def test_a_set_and_what_it_is_contrasted_with(monkeypatch):
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), "go online once"),
     ],
 )
-def test_one_sentence_for_each_way_to_fail(error, says, monkeypatch):
+def test_one_sentence_for_each_failure(error, sentence, monkeypatch):
     import datasets
 
     def fail(*a, **k):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(FadeError, match=says) as e:
+    with pytest.raises(FadeError, match=sentence) as e:
         read_dataset("a/b", "test")
     assert "\n" not in str(e.value)
 
 
-def test_photographs_train_the_same_judge_as_tensors(tmp_path):
+def test_photographs_train_the_same_classifier_as_tensors(tmp_path):
     names = concept_set("garden").names[:3]
     photos = load_photos(
-        "garden", "train", draw_folder(tmp_path / "album", names, train=4), size=32
+        "garden", "train", render_folder(tmp_path / "album", names, train=4), size=32
     )
     assert torch.equal(photos[[5, 1]], photos[:][[5, 1]])
-    for where, images in (("opened", photos), ("held", photos[:])):
+    for where, images in (("files", photos), ("tensor", photos[:])):
         train_classifier(
             images,
             photos.labels,
@@ -228,8 +221,10 @@ def test_photographs_train_the_same_judge_as_tensors(tmp_path):
             zoom=0.7,
             dtype=torch.float32,
         )
-    opened, held = (load_tensors(tmp_path / w / "model.safetensors")[0] for w in ("opened", "held"))
-    assert opened.keys() == held.keys() and all(torch.equal(opened[k], held[k]) for k in held)
+    files, tensor = (
+        load_tensors(tmp_path / w / "model.safetensors")[0] for w in ("files", "tensor")
+    )
+    assert files.keys() == tensor.keys() and all(torch.equal(files[k], tensor[k]) for k in tensor)
 
 
 def test_fine_tuning_keeps_the_base_and_changes_the_last_layer(tmp_path):

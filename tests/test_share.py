@@ -1,4 +1,4 @@
-"""What `fade share` writes is whole: its code runs as it stands, and it says nothing about the machine it was made on."""
+"""A shared folder is complete: its code runs, and no local path is in it."""
 
 import re
 import subprocess
@@ -7,25 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from fade.cli import main
-from fade.core import data_path
+from fade.config import RunConfig
+from fade.core import data_path, load_json
+from fade.method import get_method
 from fade.run import run
-from fade.tools.share import ModelCard, check_folder, push
+from fade.tools.share import check_folder, model_card, push
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "run"
-    run("crimson daisy", folder, steps=4, n=2, say=lambda line: None)
+    run(RunConfig(target="crimson daisy", out=folder, overrides=dict(steps=4), n=2))
     return folder
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    "A folder in which the miniature is where the card says that it is."
+    "A folder with the miniature at the path that the card names."
     (tmp_path / "data").symlink_to(data_path(), target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -41,35 +44,28 @@ def execute(code, cwd):
     return done.stdout
 
 
+def printing(code):
+    "The card's code for fade, with the edit printed before it is removed."
+    assert "edit.detach()" in code
+    return code.replace("edit.detach()", "print(edit); edit.detach()")
+
+
 def same(a, b):
     return ImageChops.difference(Image.open(a), Image.open(b)).getbbox() is None
 
 
 def test_the_cards_code_runs(made, place):
-    assert (
-        main(
-            [
-                "share",
-                str(made),
-                "--out",
-                "someone/fade-crimson-daisy",
-                "--repo",
-                "someone/fade-crimson-daisy",
-            ]
-        )
-        == 0
-    )
-    with_diffusers, with_fade = blocks(place / "someone/fade-crimson-daisy")
-    again = re.search("image = .*", with_diffusers)[0] + "\nimage.save('untouched.png')"
+    repo = "someone/fade-crimson-daisy"
+    assert main(["share", str(made), "--out", repo, "--repo", repo]) == 0
+    with_diffusers, with_fade = blocks(place / repo)
+    again = re.search("image = .*", with_diffusers)[0] + "\nimage.save('original.png')"
     execute(f"{with_diffusers}\npipe.unload_lora_weights()\n{again}", place)
-    assert not same("image.png", "untouched.png")
-    assert "strength 0.7" in execute(
-        with_fade.replace("mesh.detach()", "print(mesh); mesh.detach()"),
-        place / "someone/fade-crimson-daisy",
-    )
+    assert not same("image.png", "original.png")
+    assert "strength 0.7" in execute(printing(with_fade), place / repo)
 
 
 def test_changed_weights_load_too(made, place):
+    "An edit by hand, which sets one weight to zero, in place of the mesh."
     edited = place / "run"
     edited.mkdir()
     for file in ("metrics.json", "losses.png"):
@@ -83,14 +79,9 @@ def test_changed_weights_load_too(made, place):
     assert "True" in execute(
         f"{code}\nprint(not pipe.unet.get_parameter('{name}').any())", place / "shared"
     )
-    kept = execute(
-        with_fade.replace(
-            "mesh.detach() ",
-            "print(mesh); mesh.detach(); print(pipe.unet.get_parameter('conv_in.weight').any()) ",
-        ),
-        place / "shared",
-    )
-    assert "strength 0.7" in kept and "True" in kept
+    after = f"\nprint(pipe.unet.get_parameter('{name}').any())"
+    shown = execute(printing(with_fade) + after, place / "shared")
+    assert "strength 0.7" in shown and "True" in shown
     assert "lora" not in ModelCard.load(place / "shared/README.md").data.tags
 
 
@@ -103,8 +94,9 @@ def test_shared_folder_is_a_run_folder(made, place):
 
 def test_no_machine_is_named(made, place):
     assert main(["share", str(made), "--out", "shared"]) == 0
+    folders = (made.parent, place, Path.home(), Path(sys.prefix), data_path().parent)
     for file in Path("shared").iterdir():
-        for folder in (made.parent, place, Path.home(), Path(sys.prefix), data_path().parent):
+        for folder in folders:
             assert str(folder).encode() not in file.read_bytes(), file
 
 
@@ -118,20 +110,20 @@ def test_every_score_is_in_the_card(made, place):
         "heldout",
         "unrelated",
     ]
-    for word in (
-        "untouched model",
-        "95 % interval",
-        "no safety guarantee",
-        "fingerprint `",
-        "crimson tulip",
-        "recipe",
-        "seeds",
-    ):
+    words = ["base model", "95 % interval", "not a safety guarantee", "fingerprint `"]
+    for word in [*words, "crimson tulip", "recipe", "seeds"]:
         assert word in card.text
 
 
+def test_notes_on_plain_diffusers_are_in_the_card(made):
+    metrics = load_json(made / "metrics.json")
+    for name in ("spm", "receler"):
+        note = get_method(name).diffusers_note
+        assert note and note in model_card({**metrics, "method": name}, "edit.safetensors").text
+
+
 def test_push_makes_the_repository_and_uploads_the_folder(made, place, monkeypatch):
-    "Against a stand-in for the hub."
+    "With a stand-in for the hub."
     calls = []
 
     class Hub:

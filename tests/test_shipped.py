@@ -1,11 +1,14 @@
-"""What ships with the package: small enough, loadable by anybody, and really made by the model beside it."""
+"""The shipped model is small, loads without pickles, and made the shipped features."""
 
-import torch
+from unittest.mock import patch
+
+from torch.nn.functional import cosine_similarity
 
 from fade.concepts import concept_set, concept_sets
 from fade.core import data_path, load_json
 from fade.diffusion.pipeline import load_pipeline
 from fade.images import ImageCache
+from fade.metrics import classify_images
 from fade.vision.classifier import Classifier
 
 folder = data_path("miniature")
@@ -33,22 +36,22 @@ def test_the_models_record():
 
 
 def test_shipped_features_are_the_models_own(tmp_path, monkeypatch):
-    "Two concepts' shipped features, made again from the weights."
+    "Shipped features of two concepts, computed again from the weights."
     monkeypatch.setenv("FADE_CACHE", str(tmp_path))
-    cache, classifier = ImageCache(load_pipeline()), Classifier(folder / "classifier")
-    names = ["crimson daisy", "spotted hound"]
-    shipped = (
-        cache.features("neighborhood", names, 25),
-        cache.classify_images(names, 25, classifier),
-    )
+    classifier, names = Classifier(folder / "classifier"), ["crimson daisy", "spotted hound"]
+
+    def computed(cache):
+        features = cache.features("neighborhood", names, 25)
+        return features, classify_images(cache, names, 25, classifier)
+
+    cache = ImageCache(load_pipeline())
+    shipped_features, shipped_classes = computed(cache)
     assert not list(tmp_path.rglob("*.safetensors"))  # nothing was generated
-    cache.shipped = {}
-    again = cache.features("neighborhood", names, 25), cache.classify_images(names, 25, classifier)
+    with patch.object(ImageCache, "shipped", {}):
+        features, classes = computed(ImageCache(load_pipeline()))
+    assert list(tmp_path.rglob("*.safetensors"))
     for name in names:
-        assert (
-            torch.nn.functional.cosine_similarity(
-                shipped[0][name].mean(0), again[0][name].mean(0), dim=0
-            )
-            > 0.9999
-        )
-        assert (shipped[1][name]["correct"] == again[1][name]["correct"]).float().mean() > 0.95
+        pair = shipped_features[name].mean(0), features[name].mean(0)
+        assert cosine_similarity(*pair, dim=0) > 0.9999
+        same = shipped_classes[name]["correct"] == classes[name]["correct"]
+        assert same.float().mean() > 0.95

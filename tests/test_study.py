@@ -1,15 +1,23 @@
-"""The study's page in a real browser: clicked and typed through as a participant would, and read back."""
+"""The study's page in a browser: used as by a participant, and its answers read again."""
 
 import shutil
+from unittest.mock import patch
 
 import pytest
 
-from fade.core import load_json, save_json, save_tensors
+from fade.core import load_json, logger, save_json, save_tensors
+from fade.diffusion.adapters import model_fingerprint
 from fade.diffusion.pipeline import load_pipeline
 from fade.images import ImageCache
 from fade.neighborhood import neighborhood
-from fade.tools.study import build_study, opaque, perfect, read_answers, study_scores
-from fade.tools.sweep import fits
+from fade.tools.study import (
+    attention,
+    build_study,
+    ideal_answers,
+    random_ids,
+    read_answers,
+    study_scores,
+)
 
 chromium = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -24,14 +32,9 @@ def built(tmp_path_factory):
     cache = ImageCache(pipe)
     hood = neighborhood(cache, "crimson daisy")
     hood.save(folder / "run" / "neighborhood.json")
-    how = dict(
-        model=dict(name="miniature", fingerprint=cache.model),
-        sampler=vars(cache.sampler),
-        template=cache.template,
-    )
-    save_json(
-        folder / "run" / "metrics.json", dict(schema=2, method="by hand", target=hood.target, **how)
-    )
+    record = dict(schema=3, method="by hand", target=hood.target, template=cache.template)
+    record |= dict(model=dict(name="miniature", fingerprint=model_fingerprint(pipe)))
+    save_json(folder / "run" / "metrics.json", record | dict(sampler=vars(cache.sampler)))
     save_tensors(
         folder / "run" / "edit.safetensors",
         {k: p * 0.5 for k, p in pipe.unet.named_parameters() if k.endswith("attn2.to_v.weight")},
@@ -63,7 +66,7 @@ def browser():
 
 @pytest.fixture(params=["desktop", "phone"])
 def page(request, browser, built):
-    "The page, opened as a file; at the end nothing may have been fetched or complained about."
+    "The page, opened as a file; at the end there are no requests and no console messages."
     size = (
         dict(viewport=dict(width=1280, height=800))
         if request.param == "desktop"
@@ -84,10 +87,10 @@ def page(request, browser, built):
 
 
 def at(page, n):
-    "Wait for question `n`, and for the moment in which a second tap counts for nothing."
+    "Wait for question `n`, and for the time in which a second tap is ignored."
+    count = "document.getElementById('count').textContent"
     page.wait_for_function(
-        "n => document.getElementById('count').textContent.startsWith(n) && performance.now() > ready",
-        arg=f"{n} of ",
+        f"n => {count}.startsWith(n) && performance.now() > ready", arg=f"{n} of "
     )
 
 
@@ -107,12 +110,11 @@ def answer(page, value):
     page.click(f".options button[data-value='{value}']")
 
 
-def fits(page):
-    "Nothing sticks out sideways, no word out of its button, and every button is large enough for a thumb."
+def assert_layout(page):
+    "No horizontal overflow of the page or of a button, and buttons of at least 44 pixels."
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate(
-        "[...document.querySelectorAll('main button')].every(b => b.getBoundingClientRect().height >= 44 && b.scrollWidth <= b.clientWidth)"
-    )
+    good = "b.getBoundingClientRect().height >= 44 && b.scrollWidth <= b.clientWidth"
+    assert page.evaluate(f"[...document.querySelectorAll('main button')].every(b => {good})")
 
 
 def test_a_participant(page, built, tmp_path):
@@ -127,9 +129,9 @@ def test_a_participant(page, built, tmp_path):
     total, wanted, first = current(page)["total"], {}, None
     for n in range(1, total + 1):
         at(page, n)
-        fits(page)
+        assert_layout(page)
         now = current(page)
-        value = perfect(key["tasks"][now["id"]])[now["step"]]
+        value = ideal_answers(key["tasks"][now["id"]])[now["step"]]
         wanted.setdefault(now["id"], []).append(value)
         if n == 2:  # a wrong answer, typed, then corrected
             keys = page.eval_on_selector_all(
@@ -160,22 +162,17 @@ def test_a_participant(page, built, tmp_path):
         page.click("text=Save my answers")
     (tmp_path / "in").mkdir()
     saving.value.save_as(tmp_path / "in" / saving.value.suggested_filename)
-    said = []
-    d = read_answers(tmp_path / "in", key, say=said.append)
-    assert not said and set(d.participant) == {"P03 Zoë"} and len(d) == total
+    with patch.object(logger, "warning") as warning:
+        d = read_answers(tmp_path / "in", key)
+    assert not warning.called and set(d.participant) == {"P03 Zoë"} and len(d) == total
     file = load_json(next((tmp_path / "in").glob("*.json")))
     assert {r["task"]: r["values"] for r in file["answers"]} == wanted
     assert {r["task"]: r["changes"] for r in file["answers"] if r["changes"]} == {first: 1}
     assert (d.ms > 0).all() and not attention(d).failed.any()
-    assert study_scores(d).set_index("score").value[["a_er", "a_adj", "erb"]].round(6).tolist() == [
-        1,
-        1,
-        1,
-    ]
-    assert (
-        page.locator("textarea").input_value()
-        == (tmp_path / "in" / saving.value.suggested_filename).read_text()
-    )
+    scores = study_scores(d).set_index("score").value
+    assert scores[["a_er", "a_adj", "erb"]].round(6).tolist() == [1, 1, 1]
+    saved = tmp_path / "in" / saving.value.suggested_filename
+    assert page.locator("textarea").input_value() == saved.read_text()
     page.on("dialog", lambda o: o.accept())
     page.click("text=Start again")
     page.wait_for_selector("#code")
@@ -189,7 +186,7 @@ def test_answers_survive_where_there_is_no_storage(page, built):
     )
     page.reload()
     begin(page, "P04")
-    answer(page, perfect(built[1]["tasks"][current(page)["id"]])[0])
+    answer(page, ideal_answers(built[1]["tasks"][current(page)["id"]])[0])
     at(page, 2)
     page.on("dialog", lambda o: o.accept())  # the browser asks before such a page is left
     page.reload()
@@ -199,38 +196,27 @@ def test_answers_survive_where_there_is_no_storage(page, built):
 def test_a_second_tap_and_a_held_key_are_one_answer(page):
     begin(page, "P05")
     page.locator(".options button").first.dispatch_event("click")
-    page.evaluate(
-        "for (let i = 0; i < 5; i++) { document.querySelector('.options button').click(); document.dispatchEvent(new KeyboardEvent('keydown', { key: '1', repeat: true })) }"
-    )
+    click = "document.querySelector('.options button').click()"
+    key = "document.dispatchEvent(new KeyboardEvent('keydown', { key: '1', repeat: true }))"
+    page.evaluate(f"for (let i = 0; i < 5; i++) {{ {click}; {key} }}")
     at(page, 2)
     page.wait_for_timeout(300)
     at(page, 2)
 
 
 def test_numbers_come_from_the_seed(built):
-    "And they are all different, so that none says which pictures belong together."
+    "All are different, so that no number shows which pictures belong together."
     _, key = built
     numbers = [n for i, t in key["tasks"].items() for n in (i, *t["pictures"])]
-    assert sorted(numbers) == sorted(opaque(len(numbers), key["seed"])) and len(
-        set(numbers)
-    ) == len(numbers)
+    assert sorted(numbers) == sorted(random_ids(len(numbers), key["seed"]))
+    assert len(set(numbers)) == len(numbers)
 
 
-def test_the_page_does_not_tell(built):
+def test_the_page_does_not_reveal_the_condition(built):
     folder, key = built
     text = (folder / "out" / "study.html").read_text()
-    for word in (
-        "by hand",
-        "original",
-        "edited",
-        "heldout",
-        "attention",
-        "condition",
-        "method",
-        "http:",
-        "https:",
-    ):
+    words = ["by hand", "original", "edited", "heldout", "attention", "condition", "method"]
+    for word in [*words, "http:", "https:"]:
         assert word not in text
-    assert all(
-        str(w["seed"]) not in text for t in key["tasks"].values() for w in t["pictures"].values()
-    )
+    for task in key["tasks"].values():
+        assert all(str(picture["seed"]) not in text for picture in task["pictures"].values())

@@ -1,4 +1,4 @@
-"""The wheel works where the repository is not: what ships is complete, and the command runs from any folder."""
+"""The wheel is complete, and its command runs in any folder without the repository."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from conftest import ROOT, repository_files
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    "The wheel, built from a copy of what git lists, so that neither leftovers nor this checkout matter."
+    "The wheel, built from a copy of what git lists, without untracked leftovers."
     checkout, dist = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     for path in repository_files():
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
@@ -48,15 +48,15 @@ def installed(wheel, tmp_path_factory):
         ],
         check=True,
     )
-    # torch and the rest are borrowed from the running environment. A folder named in a .pth file is searched, but
-    # its own .pth files are not read, and so this checkout's editable install stays out of sight.
+    # Torch and the rest come from the running environment. Python searches a folder that is named
+    # in a .pth file without reading its own .pth files: the editable install is not found.
     [packages] = root.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return commands
 
 
 def run(command, folder):
-    "What `command` prints in `folder`, with no hub to ask and no path to this checkout."
+    "What `command` prints in `folder`, without a hub and without a path to this checkout."
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
@@ -71,6 +71,21 @@ def test_wheel_holds_all_of_data(wheel):
     data = {f"fade/{path.as_posix()}" for path in repository_files() if path.parts[0] == "data"}
     assert data <= names
     assert not [name for name in names if name.startswith(("data/", "nbs/", "tests/"))]
+
+
+def test_wheel_holds_all_modules_and_the_marker_of_type_hints(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert "fade/py.typed" in names
+    modules = {path.as_posix() for path in repository_files() if path.parts[0] == "fade"}
+    assert modules <= names
+
+
+def test_wheel_names_its_extras(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    metadata = archive.read(name).decode()
+    for extra in ("notebooks", "sweep", "photos", "all", "dev"):
+        assert f"Provides-Extra: {extra}\n" in metadata
 
 
 def test_imports_from_where_it_is_installed(installed, tmp_path):
@@ -93,9 +108,9 @@ def test_command_runs_from_an_empty_folder(installed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("page", ["41_losses", "experiments/neighborhood"])
+@pytest.mark.parametrize("page", ["42_losses", "experiments/neighborhood"])
 def test_pages_run_as_in_colab(installed, tmp_path, page):
-    "A page alone in a folder outside the repository, with nothing but the wheel to import `fade` from."
+    "A page in a folder outside the repository imports `fade` from the wheel."
     book = nbformat.read(ROOT / f"nbs/{page}.ipynb", as_version=4)
     book.cells.append(nbformat.v4.new_code_cell("import fade; fade.__file__"))
     nbformat.write(book, tmp_path / "page.ipynb")
