@@ -23,6 +23,7 @@ __all__ = [
     "Decoder",
     "decoding_bytes",
     "max_batch_that_fits",
+    "image_bytes",
     "fit_images",
     "fit_decoding",
     "fit_training",
@@ -50,6 +51,7 @@ import pandas as pd
 import psutil
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from fastcore.basics import patch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
@@ -80,6 +82,7 @@ def shaped_text_encoder(tokenizer) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
+# %% ../nbs/46_memory.ipynb #696db12a
 def shaped_vae(size: int) -> AutoencoderKL:
     "A narrow VAE with the latent shape of SD v1.4's."
     return AutoencoderKL(
@@ -146,19 +149,24 @@ class PeakMemory(TorchDispatchMode):
                 self.add(o.untyped_storage())
         return result
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        "Count a storage once, until it is freed."
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.counted:
-            self.counted.add(key)
-            self.current += size
-            self.peak = max(self.peak, self.current)
-            weakref.finalize(storage, self.free, key, size)
 
-    def free(self, key: int, size: int) -> None:
-        "Subtract a storage that is gone."
-        self.current -= size
-        self.counted.discard(key)
+# %% ../nbs/46_memory.ipynb #5b2d11d2
+@patch
+def add(self: PeakMemory, storage: torch.UntypedStorage) -> None:
+    "Count a storage once, until it is freed."
+    key, size = storage._cdata, storage.nbytes()
+    if key not in self.counted:
+        self.counted.add(key)
+        self.current += size
+        self.peak = max(self.peak, self.current)
+        weakref.finalize(storage, self.free, key, size)
+
+
+@patch
+def free(self: PeakMemory, key: int, size: int) -> None:
+    "Subtract a storage that is gone."
+    self.current -= size
+    self.counted.discard(key)
 
 
 # %% ../nbs/46_memory.ipynb #d81024e6
@@ -207,7 +215,7 @@ class UNetStep(nn.Module):
 
 
 def pixels_per_latent(pipe: StableDiffusionPipeline) -> int:
-    "How many pixels a side of the image one latent stands for."
+    "Pixels a side of the image for one latent."
     return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
 
 
@@ -291,6 +299,12 @@ def max_batch_that_fits(
 
 
 # %% ../nbs/46_memory.ipynb #48de50ef
+def image_bytes(pipe: StableDiffusionPipeline, resolution: int) -> list[int]:
+    "Peak memory beside the weights of a forward of one image, and of two."
+    return [unet_cost(pipe, resolution, n)["bytes"] for n in (1, 2)]
+
+
+# %% ../nbs/46_memory.ipynb #7f5604d9
 def fit_images(
     pipe: StableDiffusionPipeline,
     resolution: int,  # pixels a side
@@ -298,14 +312,10 @@ def fit_images(
 ) -> tuple[int, list[str]]:  # images at a time, and switches that were set
     "Turn on attention slicing if needed. Raises `FadeError` when one image does not fit."
     processors, switches = dict(pipe.unet.attn_processors), []
-
-    def needed():
-        return [unet_cost(pipe, resolution, n)["bytes"] for n in (1, 2)]
-
-    need = needed()
+    need = image_bytes(pipe, resolution)
     if need[0] > usable:
         pipe.enable_attention_slicing()
-        sliced = needed()
+        sliced = image_bytes(pipe, resolution)
         if sliced[0] <= usable:
             need, switches = sliced, ["attention slicing on"]
         else:
@@ -418,6 +428,7 @@ def trim_heap() -> None:
         pass
 
 
+# %% ../nbs/46_memory.ipynb #6ab39456
 @contextmanager
 def peak_resident(
     interval: float = 0.01,  # seconds between samples

@@ -10,9 +10,11 @@ __all__ = [
     "require_free_name",
     "remove_adapter",
     "quiet_peft",
+    "injection",
     "attach",
     "require_shapes",
     "require_lora_fits",
+    "read_state",
     "unet_tensors",
     "read_lora",
     "read_header",
@@ -74,29 +76,33 @@ class Mesh:
         pipe: StableDiffusionPipeline,  # with the adapter injected
         name: str,  # of the adapter
         about: dict[str, Any] | None = None,  # metadata
+        grads: dict[nn.Parameter, bool] | None = None,  # `requires_grad` before injection
     ):
         self.pipe, self.unet, self.name, self.about = pipe, pipe.unet, name, about or {}
+        self.grads, self.strength = grads or {}, 1.0
         self.layers = {
             n.removesuffix(".base_layer"): m
             for n, m in self.unet.named_modules()
             if isinstance(m, LoraLayer) and name in m.lora_A
         }
-        self.strength = 1.0
-        self.grads: dict[nn.Parameter, bool] = {}  # `requires_grad` before injection
 
-    @property
-    def params(self) -> dict[str, nn.Parameter]:
-        "The trainable weights by name."
-        return {
-            f"{n}.{half}.weight": getattr(m, half)[self.name].weight
-            for n, m in self.layers.items()
-            for half in ("lora_A", "lora_B")
-        }
 
-    def __repr__(self):
-        weights = f"{sum(p.numel() for p in self.params.values()):,} weights"
-        layers = f"{len(self.layers)} LoRA layers"
-        return f"Mesh({self.name!r}, {layers}, {weights}, strength {self.strength})"
+# %% ../nbs/40_mesh.ipynb #4459b19f
+@patch(as_prop=True)
+def params(self: Mesh) -> dict[str, nn.Parameter]:
+    "The trainable weights by name."
+    return {
+        f"{n}.{half}.weight": getattr(m, half)[self.name].weight
+        for n, m in self.layers.items()
+        for half in ("lora_A", "lora_B")
+    }
+
+
+@patch
+def __repr__(self: Mesh) -> str:
+    weights = f"{sum(p.numel() for p in self.params.values()):,} weights"
+    layers = f"{len(self.layers)} LoRA layers"
+    return f"Mesh({self.name!r}, {layers}, {weights}, strength {self.strength})"
 
 
 # %% ../nbs/40_mesh.ipynb #cd1cff30
@@ -111,6 +117,7 @@ def require_free_name(
     )
 
 
+# %% ../nbs/40_mesh.ipynb #8e564052
 def remove_adapter(
     unet: UNet2DConditionModel,
     name: str,  # of the adapter
@@ -149,6 +156,23 @@ def quiet_peft() -> Iterator[None]:
         log.removeFilter(_about_text_encoder)
 
 
+# %% ../nbs/40_mesh.ipynb #fbd1c60e
+@contextmanager
+def injection(
+    unet: UNet2DConditionModel,
+    name: str,  # of the adapter that the block injects
+) -> Iterator[dict[nn.Parameter, bool]]:  # `requires_grad` of the weights before
+    "Activate the adapter after the block, or remove it if the block fails."
+    active, grads = active_adapters(unet), {p: p.requires_grad for p in unet.parameters()}
+    try:
+        with quiet_peft():
+            yield grads
+    except BaseException:
+        remove_adapter(unet, name, active, grads)
+        raise
+    set_active_adapters(unet, active + [name])
+
+
 # %% ../nbs/40_mesh.ipynb #4bcdaee9
 def attach(
     pipe: StableDiffusionPipeline,
@@ -159,25 +183,20 @@ def attach(
     seed: int = 0,  # of the random A
 ) -> Mesh:
     "A zero-initialized mesh. Raises `FadeError` for an impossible rank, name or layers."
-    unet = pipe.unet
     require(rank >= 1, f"The rank is {rank}: choose 1 or more.")
-    require_free_name(unet, name)
-    active, grads = active_adapters(unet), {p: p.requires_grad for p in unet.parameters()}
+    require_free_name(pipe.unet, name)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
-    with torch.random.fork_rng(), quiet_peft():
-        torch.manual_seed(seed_for("mesh", seed))
-        try:
-            unet.add_adapter(config, adapter_name=name)
-        except ValueError as e:
-            remove_adapter(unet, name, active, grads)
-            raise FadeError(
-                f"Cannot inject LoRA into {', '.join(modules)}: the U-Net has no such layers."
-            ) from e
-    set_active_adapters(unet, active + [name])
-    mesh = Mesh(pipe, name)
-    mesh.grads = grads
+    try:
+        with injection(pipe.unet, name) as grads, torch.random.fork_rng():
+            torch.manual_seed(seed_for("mesh", seed))
+            pipe.unet.add_adapter(config, adapter_name=name)
+    except ValueError as e:
+        raise FadeError(
+            f"Cannot inject LoRA into {', '.join(modules)}: the U-Net has no such layers."
+        ) from e
+    mesh = Mesh(pipe, name, grads=grads)
     for p in mesh.params.values():
-        p.data = p.data.float()  # trained in full precision, whatever the U-Net's dtype
+        p.data = p.data.float()  # trained in full precision, also on a U-Net of 16 bit
     return mesh
 
 
@@ -272,12 +291,12 @@ def require_shapes(
     what: str,  # names the file
 ) -> None:
     "Raise `FadeError` unless A and B are finite and fit the layer."
-    have, rank = (tuple(A.shape), tuple(B.shape)), len(A)
-    want = (rank, *W.shape[1:]), (len(W), rank, *(1,) * (W.ndim - 2))
+    found, rank = (tuple(A.shape), tuple(B.shape)), len(A)
+    needed = (rank, *W.shape[1:]), (len(W), rank, *(1,) * (W.ndim - 2))
     require(
-        have == want,
-        f"The {what} was made for another model: '{layer}' has {have[0]} and {have[1]}, "
-        f"and this U-Net needs {want[0]} and {want[1]}.",
+        found == needed,
+        f"The {what} was made for another model: '{layer}' has {found[0]} and {found[1]}, "
+        f"and this U-Net needs {needed[0]} and {needed[1]}.",
     )
     require(
         A.isfinite().all() and B.isfinite().all(),
@@ -285,6 +304,7 @@ def require_shapes(
     )
 
 
+# %% ../nbs/40_mesh.ipynb #eb0ccb47
 def require_lora_fits(
     unet: UNet2DConditionModel,
     lora: Lora,
@@ -307,17 +327,27 @@ def require_lora_fits(
 
 
 # %% ../nbs/40_mesh.ipynb #4fd98313
-def unet_tensors(
+def read_state(
     pipe: StableDiffusionPipeline,
     path: Path,  # a LoRA file of any kind that diffusers reads
-) -> dict[str, torch.Tensor]:  # by PEFT's names
-    "A file's tensors. Raises `FadeError` unless they are all of a LoRA for the U-Net."
+) -> dict[str, torch.Tensor]:
+    "A file's tensors by diffusers' names. Raises `FadeError` for another file."
+    options = dict(weight_name=path.name, use_safetensors=True)
     try:
-        tensors = pipe.lora_state_dict(path.parent, weight_name=path.name, use_safetensors=True)[0]
+        return pipe.lora_state_dict(path.parent, **options)[0]
     except Exception as e:
         raise FadeError(
             f"Cannot read {path} as a mesh ({str(e).splitlines()[0]}): give a .safetensors file."
         ) from e
+
+
+# %% ../nbs/40_mesh.ipynb #73e90e95
+def unet_tensors(
+    pipe: StableDiffusionPipeline,
+    path: Path,  # a LoRA file of any kind that diffusers reads
+) -> dict[str, torch.Tensor]:
+    "A file's tensors by PEFT's names. Raises `FadeError` unless they are all for the U-Net."
+    tensors = read_state(pipe, path)
     own = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
     require(
         own,
@@ -369,6 +399,7 @@ def read_header(
         raise FadeError(f"Cannot read {path} as a mesh ({e}): give a .safetensors file.") from e
 
 
+# %% ../nbs/40_mesh.ipynb #786de0d0
 def require_same_rank(
     header: dict[str, Any],
     lora: Lora,
@@ -401,20 +432,14 @@ def load_mesh(
     lora = read_lora(pipe, path)
     require_lora_fits(unet, lora, f"mesh {path}")
     require_same_rank(header, lora, path)
-    active, grads = active_adapters(unet), {p: p.requires_grad for p in unet.parameters()}
     options = dict(weight_name=path.name, adapter_name=name, use_safetensors=True)
     try:
-        with quiet_peft():
+        with injection(unet, name) as grads:
             pipe.load_lora_weights(path.parent, **options)
-        mesh = Mesh(pipe, name, about)
-        require(
-            mesh.layers.keys() == lora.keys(), "its header names other layers than its weights."
-        )
+            mesh = Mesh(pipe, name, about, grads)
+            require(mesh.layers.keys() == lora.keys(), "its header names other layers.")
     except Exception as e:
-        remove_adapter(unet, name, active, grads)
         raise FadeError(f"The mesh {path} does not fit this model: {str(e).splitlines()[0]}") from e
-    set_active_adapters(unet, active + [name])
-    mesh.grads = grads
     return mesh
 
 

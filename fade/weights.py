@@ -90,20 +90,26 @@ class WeightEdit:
         registry = edit_registry(self.unet)
         registry.active[name], registry.replaced[name] = {}, set(self.layers)
 
-    @property
-    def params(self) -> dict[str, nn.Parameter]:
-        "The edited parameters by name."
-        return self.layers
 
-    def set_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        "Make these the U-Net's weights; they follow a pipeline that was moved or converted."
-        for n, p in self.layers.items():
-            p.data = tensors[n].to(p.data)
+# %% ../nbs/41_weights.ipynb #ec46ef6f
+@patch
+def set_weights(self: WeightEdit, tensors: dict[str, torch.Tensor]) -> None:
+    "Make these the U-Net's weights; they follow a pipeline that was moved or converted."
+    for n, p in self.layers.items():
+        p.data = tensors[n].to(p.data)
 
-    def __repr__(self):
-        weights = f"{sum(p.numel() for p in self.params.values()):,} weights"
-        tensors = f"{len(self.layers)} tensors"
-        return f"WeightEdit({self.name!r}, {tensors}, {weights}, strength {self.strength})"
+
+@patch(as_prop=True)
+def params(self: WeightEdit) -> dict[str, nn.Parameter]:
+    "The edited parameters by name."
+    return self.layers
+
+
+@patch
+def __repr__(self: WeightEdit) -> str:
+    weights = f"{sum(p.numel() for p in self.params.values()):,} weights"
+    tensors = f"{len(self.layers)} tensors"
+    return f"WeightEdit({self.name!r}, {tensors}, {weights}, strength {self.strength})"
 
 
 # %% ../nbs/41_weights.ipynb #24dc1588
@@ -201,6 +207,7 @@ def require_weights_fit(
     )
 
 
+# %% ../nbs/41_weights.ipynb #b7842a30
 def load_weight_edit(
     pipe: StableDiffusionPipeline,
     path: str | Path,  # written by `WeightEdit.save`

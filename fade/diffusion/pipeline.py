@@ -277,13 +277,12 @@ class Sampler:
 
     def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
         "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
+        name = self.scheduler or type(pipe.scheduler).__name__
         require(
-            not self.scheduler or hasattr(diffusers, self.scheduler),
-            f"There is no scheduler '{self.scheduler}': "
-            "give a class of diffusers, such as DDIMScheduler.",
+            hasattr(diffusers, name),
+            f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
         )
-        cls = getattr(diffusers, self.scheduler) if self.scheduler else type(pipe.scheduler)
-        scheduler = cls.from_config(pipe.scheduler.config)
+        scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
         scheduler.set_timesteps(self.steps, device=pipe.device)
         return scheduler
 
@@ -389,6 +388,7 @@ def decode(
     return in_batches(decode_batch, latents, batch)
 
 
+# %% ../../nbs/20_pipeline.ipynb #63f2558d
 def generate(
     pipe: StableDiffusionPipeline,
     prompts: list[str],  # one an image

@@ -8,6 +8,7 @@ __all__ = [
     "signal_and_noise",
     "noise_from_v",
     "v_from_noise",
+    "require_prediction_type",
     "as_prediction_type",
     "v_loss_weight",
 ]
@@ -68,6 +69,15 @@ def v_from_noise(
 prediction_types = "epsilon", "v_prediction"
 
 
+def require_prediction_type(name: str) -> None:
+    "Raise `FadeError` for another prediction type."
+    require(
+        name in prediction_types,
+        f"The prediction type '{name}' is not supported: use epsilon or v_prediction.",
+    )
+
+
+# %% ../../nbs/23_prediction.ipynb #0ad20320
 @contextmanager
 def as_prediction_type(
     pipe: StableDiffusionPipeline,
@@ -75,11 +85,8 @@ def as_prediction_type(
 ) -> Iterator[StableDiffusionPipeline]:
     "The pipeline with U-Net and scheduler of this type. Raises `FadeError` for another type."
     own, scheduler = pipe.scheduler.config.prediction_type, pipe.scheduler
-    for name in (own, prediction):
-        require(
-            name in prediction_types,
-            f"The prediction type '{name}' is not supported: use epsilon or v_prediction.",
-        )
+    require_prediction_type(own)
+    require_prediction_type(prediction)
     convert = v_from_noise if prediction == "v_prediction" else noise_from_v
 
     def hook(module, args, output):

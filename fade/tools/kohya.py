@@ -13,8 +13,8 @@ __all__ = [
     "read_kohya",
     "inject_lora",
     "load_kohya",
-    "save_kohya",
     "kohya_header",
+    "save_kohya",
     "block_and_part",
     "lora_factors",
     "block_norms",
@@ -37,9 +37,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import FadeError, atomic_write, require
-from ..diffusion.adapters import active_adapters, set_active_adapters
 from ..figures import figure
-from ..mesh import Mesh, quiet_peft, require_free_name, require_lora_fits
+from ..mesh import Mesh, injection, require_free_name, require_lora_fits
 
 
 # %% ../../nbs/80_kohya.ipynb #ab20d87c
@@ -151,17 +150,13 @@ def inject_lora(
     about: dict[str, Any],  # metadata
 ) -> Mesh:
     "A mesh with these weights, frozen, at its full strength."
-    unet = pipe.unet
-    active, grads = active_adapters(unet), {p: p.requires_grad for p in unet.parameters()}
     ranks = {n: len(layer["down"]) for n, layer in layers.items()}
     alphas = {n: layer["alpha"].item() for n, layer in layers.items()}
     config = LoraConfig(target_modules=list(layers), rank_pattern=ranks, alpha_pattern=alphas)
     config.r, config.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    with torch.random.fork_rng(), quiet_peft():
-        unet.add_adapter(config, adapter_name=name)
-    set_active_adapters(unet, active + [name])
-    mesh = Mesh(pipe, name, about)
-    mesh.grads = grads
+    with injection(pipe.unet, name) as grads, torch.random.fork_rng():
+        pipe.unet.add_adapter(config, adapter_name=name)
+    mesh = Mesh(pipe, name, about, grads)
     for n, layer in layers.items():
         for half, kind in (("lora_A", "down"), ("lora_B", "up")):
             weight = getattr(mesh.layers[n], half)[name].weight
@@ -193,6 +188,15 @@ def load_kohya(
 
 
 # %% ../../nbs/80_kohya.ipynb #25f18443
+def kohya_header(mesh: Mesh) -> dict[str, Any]:
+    "The header that the mesh was loaded with, or else its rank, α and metadata."
+    if hasattr(mesh, "kohya"):
+        return mesh.kohya["header"]
+    layer = next(iter(mesh.layers.values()))
+    return {"rank": layer.r[mesh.name], "alpha": layer.lora_alpha[mesh.name], **mesh.about}
+
+
+# %% ../../nbs/80_kohya.ipynb #bf764634
 def save_kohya(
     mesh: Mesh,
     path: str | Path,  # a `.safetensors` file
@@ -217,14 +221,6 @@ def save_kohya(
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
     with atomic_write(path) as f:
         save_file(tensors, f, metadata=header or None)
-
-
-def kohya_header(mesh: Mesh) -> dict[str, Any]:
-    "The header that the mesh was loaded with, or else its rank, α and metadata."
-    if hasattr(mesh, "kohya"):
-        return mesh.kohya["header"]
-    layer = next(iter(mesh.layers.values()))
-    return {"rank": layer.r[mesh.name], "alpha": layer.lora_alpha[mesh.name], **mesh.about}
 
 
 # %% ../../nbs/80_kohya.ipynb #b94b4733
