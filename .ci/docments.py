@@ -37,6 +37,12 @@ def argument_comments(node: ast.FunctionDef, notes: dict[int, str]) -> dict[str,
     return {name: notes[line] for line, name in last.items() if line in notes}
 
 
+def documented(text: str, lineno: int, of) -> Docstring:
+    "A docstring of griffe's; a parameter without a type, such as `**about`, is no mistake."
+    options = {"warn_missing_types": False}
+    return Docstring(text, lineno=lineno, parser="google", parser_options=options, parent=of)
+
+
 class Docments(Extension):
     "Comments as documentation, and patched functions as methods."
 
@@ -59,14 +65,14 @@ class Docments(Extension):
         if result:
             text += f"\n\nReturns:\n    {result}"
         if text:
-            func.docstring = Docstring(text.strip(), lineno=first, parser="google", parent=func)
+            func.docstring = documented(text.strip(), first, func)
         if any(ast.unparse(d).split("(")[0] == "patch" for d in node.decorator_list):
             self.patched.append(func)
 
     def on_attribute_instance(self, *, node, attr, agent, **kwargs):
         "A comment behind a field or constant is its docstring."
         if not attr.docstring and (note := comments(attr.filepath).get(node.end_lineno)):
-            attr.docstring = Docstring(note, lineno=node.lineno, parser="google", parent=attr)
+            attr.docstring = documented(note, node.lineno, attr)
 
     def on_package(self, *, pkg, loader, **kwargs):
         "Move each patched function into its class."

@@ -364,6 +364,8 @@ def readable(cells):
                 continue
             if "echo: false" in marks:
                 cell.metadata.transient = {"remove_source": True}
+            if alt := [mark[8:].strip() for mark in marks if mark.startswith("fig-alt:")]:
+                cell.metadata.alt = alt[0]
             for output in cell.outputs:
                 data = output.get("data", {})
                 for kind in data.keys() & {"text/html", "text/markdown"}:
@@ -385,6 +387,11 @@ def render_readme():
     notebook.cells = list(readable(notebook.cells))
     where = {"unique_key": "figure", "output_files_dir": FIGURES.as_posix()}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources=where)
+    for number, cell in enumerate(notebook.cells):
+        if alt := cell.metadata.get("alt"):
+            text = text.replace(
+                f"![png]({FIGURES}/figure_{number}_", f"![{alt}]({FIGURES}/figure_{number}_"
+            )
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip()
     text = f"<!-- Made from nbs/index.ipynb by `make docs`: edit it there. -->\n\n{text}\n"

@@ -265,11 +265,14 @@ def navigation(places):
         - shown
     ):
         fail(f"site: nbs/README.md lists no {', '.join(sorted(map(str, missing)))}.")
+    readme = Path("README.md").read_text(encoding="utf-8")
+    howtos = [page for page in places if page.parent == Path("docs/howto")]
+    howtos.sort(key=lambda page: readme.find(page.as_posix()))  # in the README's order
     notebooks = [p for p in places if p.suffix == ".ipynb"]
     in_folder = {f: [p for p in notebooks if p.parent == f] for f in (RESULTS, EXPERIMENTS)}
     return [
         {"Start": places[Path("README.md")]},
-        {"How-to": [places[p] for p in places if p.parent == Path("docs/howto")]},
+        {"How-to": [places[page] for page in howtos]},
         {"Pages": [places[NBS / "README.md"], *groups]},
         {"Results": [places[RESULTS / "README.md"], *section("", in_folder[RESULTS])[""]]},
         section("Experiments", in_folder[EXPERIMENTS]),

@@ -353,6 +353,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'fade.memory.free_memory': ('memory.html#free_memory', 'fade/memory.py'),
                              'fade.memory.max_batch_that_fits': ('memory.html#max_batch_that_fits', 'fade/memory.py'),
                              'fade.memory.measure_resources': ('memory.html#measure_resources', 'fade/memory.py'),
+                             'fade.memory.paused_gc': ('memory.html#paused_gc', 'fade/memory.py'),
                              'fade.memory.peak_resident': ('memory.html#peak_resident', 'fade/memory.py'),
                              'fade.memory.pixels_per_latent': ('memory.html#pixels_per_latent', 'fade/memory.py'),
                              'fade.memory.random_weights': ('memory.html#random_weights', 'fade/memory.py'),

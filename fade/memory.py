@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "logger",
     "aten",
     "cpu_attention",
     "peak_flops",
@@ -15,6 +14,7 @@ __all__ = [
     "PeakMemory",
     "attention_flops",
     "attention_backward_flops",
+    "paused_gc",
     "UNetStep",
     "pixels_per_latent",
     "fake_weights",
@@ -38,7 +38,6 @@ __all__ = [
 # %% ../nbs/46_memory.ipynb #e07a5896
 import ctypes
 import gc
-import logging
 import threading
 import time
 import weakref
@@ -58,12 +57,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from .core import data_path, require, seed_for
+from .core import data_path, logger, require, seed_for
 from .diffusion.pipeline import Sampler, load_pipeline, sampler_for
 from .mesh import attach
 from .trainer import FadeRecipe
-
-logger = logging.getLogger("fade")
 
 
 # %% ../nbs/46_memory.ipynb #c01be11c
@@ -182,6 +179,19 @@ cpu_attention = {
 }
 
 
+# %% ../nbs/46_memory.ipynb #ca21bbc4
+@contextmanager
+def paused_gc() -> Iterator[None]:
+    "No garbage collection of reference cycles inside the block."
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 # %% ../nbs/46_memory.ipynb #4c2a17d2
 class UNetStep(nn.Module):
     "A forward of a U-Net, and if `train` a backward, as one call."
@@ -226,7 +236,7 @@ def unet_cost(
         weights = fake_weights(step)
         x, embeds = (torch.empty(shape, dtype=unet.dtype) for shape in (latents, prompts))
         memory = PeakMemory([*weights.values(), x, embeds])
-        with memory, flops, torch.set_grad_enabled(train):
+        with memory, flops, paused_gc(), torch.set_grad_enabled(train):
             torch.func.functional_call(step, weights, (x, torch.full((samples,), 500), embeds))
     return dict(flops=flops.get_total_flops(), bytes=memory.peak)
 
@@ -436,7 +446,7 @@ def peak_resident(
 def measure_resources(
     device: str | torch.device = "cpu",
 ) -> Iterator[dict[str, float]]:
-    "A dict with `seconds`, `cpu_seconds` of all threads, and `bytes` of peak memory, after the block."
+    "A dict with `seconds`, `cpu_seconds` of all threads and peak `bytes`, after the block."
     on_cuda, result = torch.device(device).type == "cuda", {}
     trim_heap()
     if on_cuda:
