@@ -75,8 +75,8 @@ def require_labels(
 
 
 def longest(labels: Sequence[str]) -> int:
-    "The length of the longest label, at least 1."
-    return max((len(o) for o in labels), default=1)
+    "The number of characters in the longest line, at least 1."
+    return max((len(line) for label in labels for line in label.splitlines()), default=1)
 
 
 # %% ../nbs/02_figures.ipynb #ccc35b57

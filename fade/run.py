@@ -29,7 +29,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -93,8 +93,11 @@ def run_folder(path: str | Path) -> Iterator[Path]:
     with locked(path / ".lock", busy, denied):
         for part in path.glob(f"{partial_prefix}*"):  # left by a killed run
             part.unlink()
-        yield path
-    (path / ".lock").unlink(missing_ok=True)
+        try:
+            yield path
+        finally:
+            with suppress(OSError):
+                (path / ".lock").unlink(missing_ok=True)
 
 
 # %% ../nbs/71_run.ipynb #d7701d3f

@@ -99,13 +99,13 @@ def forwards(self: CaRecipe, image: int, k: int) -> dict[str, int]:
 def anchor_for(
     target: str,
     concepts: ConceptSet,  # the set that the target belongs to
-    wanted: str = "genus",  # `genus`, `superclass`, or a name
+    kind: str = "genus",  # `genus`, `superclass`, or a name
 ) -> str:
     "The anchor's name. Raises `FadeError` when it is not known, or is the target itself."
-    if wanted == "genus" and target in concepts.attributes:
+    if kind == "genus" and target in concepts.attributes:
         name = concepts.genus(target)
     else:
-        name = concepts.superclass if wanted in ("genus", "superclass") else clean_name(wanted)
+        name = concepts.superclass if kind in ("genus", "superclass") else clean_name(kind)
     require(
         name,
         f"No superclass of '{target}' is known: give its superclass, or an anchor in the recipe.",
@@ -162,14 +162,14 @@ def augment_image(
 ) -> tuple[torch.Tensor, torch.Tensor, str]:  # `(3,S,S)`; 1 where it counts, `(S,S)`; words
     "An image flipped, shrunk or enlarged, as the authors do, and the words that describe it."
 
-    def draw(low: int, high: int) -> int:
+    def randint(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=g))
 
     S = image.shape[-1]
-    image = image.flip(-1) if draw(0, 1) else image
+    image = image.flip(-1) if randint(0, 1) else image
     shrink = torch.rand((), generator=g) < 0.66
-    s = draw(S // 3, S) if shrink else draw(round(1.2 * S), round(1.4 * S))
-    top, left = draw(0, abs(S - s)), draw(0, abs(S - s))
+    s = randint(S // 3, S) if shrink else randint(round(1.2 * S), round(1.4 * S))
+    top, left = randint(0, abs(S - s)), randint(0, abs(S - s))
     resize = dict(mode="bilinear", antialias=True, align_corners=False)
     image, mask = F.interpolate(image[None], size=(s, s), **resize)[0], torch.ones(s, s)
     x, y = (left, top) if shrink else (-left, -top)
@@ -177,7 +177,7 @@ def augment_image(
     image, mask = F.pad(image, border), F.pad(mask, border)
     small, large = ("a far away ", "very small "), ("zoomed in ", "close up ")
     words = small if s < 0.6 * S else large if s > S else ("",)
-    return image, mask, words[draw(0, len(words) - 1)]
+    return image, mask, words[randint(0, len(words) - 1)]
 
 
 # %% ../../nbs/52_ca.ipynb #730d6ee1

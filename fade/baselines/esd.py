@@ -92,14 +92,14 @@ class EsdRecipe(BaseRecipe):
 @patch
 def forwards(self: EsdRecipe, image: int, k: int) -> dict[str, int]:
     "Expected sample-forwards by stage; a backward counts as two."
-    n, samples, paths = self.steps * self.batch, self.n_samples, self.n_trajectories
+    n, samples, trajectories = self.steps * self.batch, self.n_samples, self.n_trajectories
     if self.sampled_by == "student":
-        samples = paths = n
-    paths = min(paths, samples)
-    length = expected_length(self.trajectory, samples / paths)
+        samples = trajectories = n
+    trajectories = min(trajectories, samples)
+    length = expected_length(self.trajectory, samples / trajectories)
     guided = 1 if self.scale == 1 else 2
     return {
-        "trajectories": round(paths * length * guided),
+        "trajectories": round(trajectories * length * guided),
         "teacher predictions": 2 * samples,
         "training": 3 * n,
     }
