@@ -16,7 +16,7 @@ from fade.cli import slug
 from fade.concepts import clean_name, find_target, read_names
 from fade.core import FadeError
 from fade.method import method_names, recipe_for
-from fade.tools.sweep import plan, read_options
+from fade.tools.sweep import plan_sweep, read_options
 
 often = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -188,7 +188,7 @@ def test_grids(spec, text):
             Path(folder) / "n.ipynb",
         )
         try:
-            runs = plan(Path(folder) / "n.ipynb", grid, Path(folder) / "out")
+            runs = plan_sweep(Path(folder) / "n.ipynb", grid, Path(folder) / "out")
         except FadeError as e:
             assert str(e) and not (Path(folder) / "out").exists()
         else:
