@@ -38,7 +38,7 @@ def fences(path, language):
 
 def commands(path, program):
     "The commands of a text that call `program`, as lists of words."
-    lines = "\n".join(fences(path, "sh")).splitlines()
+    lines = "\n".join(fences(path, "sh")).replace("\\\n", " ").splitlines()
     split = (shlex.split(line, comments=True) for line in lines)
     return [words for words in split if program in words[:1]]
 
