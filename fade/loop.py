@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = [
     "schedules",
-    "moments",
+    "optimizer_moments",
     "onecycle",
     "warmup",
     "constant",
@@ -60,7 +60,7 @@ def restarts(step: int, steps: int) -> float:
 schedules = dict(onecycle=onecycle, warmup=warmup, constant=constant, restarts=restarts)
 
 # %% ../nbs/03_loop.ipynb #ba0574b2
-moments = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
+optimizer_moments = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 
 
 class TrainingState:
@@ -87,7 +87,7 @@ class TrainingState:
                 f"{k}/{n}": state[p][k]
                 for n, p in self.params.items()
                 if p in state
-                for k in moments
+                for k in optimizer_moments
             },
         }
 
@@ -128,7 +128,7 @@ def load(self: TrainingState, path: Path, about: Any) -> None:
     require(fits and {"step", "history"} <= meta.keys(), f"The checkpoint {path} is not whole.")
     for name, p in self.params.items():
         p.copy_(tensors[f"param/{name}"])
-        state = {k: tensors[f"{k}/{name}"] for k in moments if f"{k}/{name}" in tensors}
+        state = {k: tensors[f"{k}/{name}"] for k in optimizer_moments if f"{k}/{name}" in tensors}
         if state:
             self.opt.state[p] = {k: v.to(p.device) for k, v in state.items()}
     for kind, own in (("buffer", self.buffers), ("ema", self.ema)):

@@ -12,8 +12,6 @@ __all__ = [
     "random_weights",
     "shaped_pipeline",
     "PeakMemory",
-    "attention_flops",
-    "attention_backward_flops",
     "paused_gc",
     "UNetStep",
     "pixels_per_latent",
@@ -57,7 +55,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase
 
 from .core import data_path, logger, require, seed_for
 from .diffusion.pipeline import Sampler, load_pipeline, sampler_for
@@ -66,7 +64,7 @@ from .trainer import FadeRecipe
 
 
 # %% ../nbs/46_memory.ipynb #c01be11c
-def shaped_text_encoder(tokenizer) -> CLIPTextModel:
+def shaped_text_encoder(tokenizer: PreTrainedTokenizerBase) -> CLIPTextModel:
     "A one-layer text encoder with the output shape of SD v1.4's."
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -170,20 +168,20 @@ def free(self: PeakMemory, key: int, size: int) -> None:
 
 
 # %% ../nbs/46_memory.ipynb #d81024e6
-def attention_flops(q, k, v, *args, out_shape=None, **options) -> int:
+def _attention_flops(q, k, v, *args, out_shape=None, **options) -> int:
     "Operations of fused attention on the CPU."
     return flop_counter.sdpa_flop_count(q, k, v)
 
 
-def attention_backward_flops(grad, q, k, v, *args, out_shape=None, **options) -> int:
+def _attention_backward_flops(grad, q, k, v, *args, out_shape=None, **options) -> int:
     "Operations of its backward pass."
     return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
 
 
 aten = torch.ops.aten
 cpu_attention = {
-    aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 
 
@@ -208,7 +206,7 @@ class UNetStep(nn.Module):
         super().__init__()
         self.unet, self.backward = unet, train
 
-    def forward(self, x, t, embeds):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, embeds: torch.Tensor) -> None:
         eps = self.unet(x, t, encoder_hidden_states=embeds, return_dict=False)[0]
         if self.backward:
             eps.float().pow(2).mean().backward()
@@ -270,7 +268,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, z):
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(z, return_dict=False)[0]
 
 

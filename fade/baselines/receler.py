@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -247,7 +248,7 @@ def detach(self: Erasers) -> StableDiffusionPipeline:
 def save(
     self: Erasers,
     path: str | Path,  # a `.safetensors` file
-    **about,  # what is saved with it, anything JSON can hold
+    **about: Any,  # what is saved with it, anything JSON can hold
 ) -> None:
     "Write the erasers."
     self.about = {**self.about, **about}

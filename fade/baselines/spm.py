@@ -21,13 +21,14 @@ __all__ = [
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from fastcore.basics import patch
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from torch import nn
 
 from ..core import generator, require
 from ..diffusion.adapters import edit_registry
@@ -246,7 +247,7 @@ def gates(self: Membrane, embeds: torch.Tensor) -> list[float]:
 
 # %% ../../nbs/55_spm.ipynb #f4270a22
 @patch
-def cache_gate(self: Membrane, encoder, args, kwargs, output) -> None:
+def cache_gate(self: Membrane, encoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     "Hook of the text encoder: cache γ of the prompts that it embeds."
     ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
     rows = zip(embedding_keys(output[0]), ids.tolist(), self.cosines(output[0]))
@@ -256,14 +257,14 @@ def cache_gate(self: Membrane, encoder, args, kwargs, output) -> None:
 
 
 @patch
-def set_batch_gates(self: Membrane, unet, args, kwargs) -> None:
+def set_batch_gates(self: Membrane, unet: nn.Module, args: tuple, kwargs: dict) -> None:
     "Hook of the U-Net: γ of each row of its prompt embeddings."
     embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[2]
     self.batch_gates = torch.tensor(self.gates(embeds), device=embeds.device)
 
 
 @patch
-def apply_gate(self: Membrane, layer, args, output) -> torch.Tensor:
+def apply_gate(self: Membrane, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
     "Hook of each LoRA layer: its output times γ²."
     shape = (-1, *[1] * (output.ndim - 1))
     return output * self.batch_gates.square().to(output.dtype).view(shape)

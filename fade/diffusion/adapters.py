@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/21_adapters.ipynb #69e91000
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class EditRegistry:
     replaced: dict[str, set[str]] = field(default_factory=dict)
 
     @contextmanager
-    def hidden(self, name: str):
+    def hidden(self, name: str) -> Iterator[None]:
         "Inside the block the edit is not listed as in effect."
         tensors = self.active.pop(name, None)
         try:

@@ -98,7 +98,14 @@ class Canvas:
         self.light, self.shift = rng.uniform(0.82, 1.08), rng.uniform(-0.02, 0.02)
         self.place()
 
-    def place(self, x=0.5, y=0.5, scale=1.0, angle=0.0, flip=False) -> "Canvas":
+    def place(
+        self,
+        x: float = 0.5,
+        y: float = 0.5,
+        scale: float = 1.0,
+        angle: float = 0.0,
+        flip: bool = False,
+    ) -> "Canvas":
         "Put the origin at `x,y`; later shapes are scaled, rotated (radians) and mirrored about it."
         c, s = math.cos(angle), math.sin(angle)
         self.M = scale * np.array([[c, -s], [s, c]]) @ np.diag([-1.0 if flip else 1.0, 1.0])
