@@ -13,6 +13,16 @@ import pytest
 from conftest import ROOT, repository_files
 
 
+def run(command, folder):
+    "What `command` prints in `folder`, without a hub and without a path to this checkout."
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "The wheel, built from a copy of what git lists, without untracked leftovers."
@@ -33,36 +43,13 @@ def installed(wheel, tmp_path_factory):
     root = tmp_path_factory.mktemp("environment")
     venv.create(root, symlinks=True)
     commands = root / "bin"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            commands / "python",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-index",
-            wheel,
-        ],
-        check=True,
-    )
+    pip = [sys.executable, "-m", "pip", "--python", commands / "python", "install", "--quiet"]
+    run([*pip, "--no-deps", "--no-index", wheel], root)
     # Torch and the rest come from the running environment. Python searches a folder that is named
     # in a .pth file without reading its own .pth files: the editable install is not found.
     [packages] = root.glob("lib/python*/site-packages")
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     return commands
-
-
-def run(command, folder):
-    "What `command` prints in `folder`, without a hub and without a path to this checkout."
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        command, cwd=folder, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_wheel_holds_all_of_data(wheel):
