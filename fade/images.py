@@ -96,6 +96,7 @@ def key(self: ImageCache, purpose: str, concept: str, kind: str) -> str:
             prompt=prompt(concept, self.template),
             seeds=self.seeds(purpose, concept, 1),
             by=kind,
+            latents="float16",  # results of unrounded latents are others
         )
     )
 
