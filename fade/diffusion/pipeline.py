@@ -83,10 +83,10 @@ def read_pipeline(
     dtype: torch.dtype,
 ) -> StableDiffusionPipeline:
     "A pipeline on the CPU, without safety checker. Raises `FadeError` if it cannot be read."
-    options = dict(safety_checker=None, requires_safety_checker=False, use_safetensors=True)
+    options = dict(safety_checker=None, requires_safety_checker=False, dtype=dtype)
     try:
         config = read_config(source)
-        pipe = StableDiffusionPipeline.from_pretrained(source, dtype=dtype, **options)
+        pipe = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except (OSError, ValueError, AttributeError, SafetensorError) as e:
         raise load_error(
             e,
