@@ -145,11 +145,12 @@ def test_api_reference_documents_parameters_and_patched_methods(page, address):
 
 
 def test_search_finds_a_page(page):
+    page.wait_for_load_state("networkidle")  # the search index is loaded by a worker
     if page.viewport_size["width"] < 600:
         page.locator("label[for=__search]").first.click()
-    page.locator("input.md-search__input").fill("expungement")
+    page.locator("input.md-search__input").press_sequentially("expungement", delay=50)
     found = page.locator(".md-search-result__link")
-    found.first.wait_for()
+    found.first.wait_for(timeout=120_000)
     assert any("42_losses" in link.get_attribute("href") for link in found.all())
 
 
