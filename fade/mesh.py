@@ -13,6 +13,7 @@ __all__ = [
     "injection",
     "attach",
     "require_shapes",
+    "lora_targets",
     "require_lora_fits",
     "read_state",
     "unet_tensors",
@@ -305,25 +306,30 @@ def require_shapes(
 
 
 # %% ../nbs/40_mesh.ipynb #eb0ccb47
+def lora_targets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    "Linear layers and convolutions of a U-Net by name, without those of adapters."
+    return {
+        n.removesuffix(".base_layer"): m
+        for n, m in unet.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d)) and ".lora_" not in n
+    }
+
+
 def require_lora_fits(
     unet: UNet2DConditionModel,
     lora: Lora,
     what: str,  # names the file
 ) -> None:
     "Raise `FadeError` unless every LoRA layer fits a layer of the U-Net."
-    weights = {
-        n.removesuffix(".base_layer"): m.weight
-        for n, m in unet.named_modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and ".lora_" not in n
-    }
-    unknown = [n for n in lora if n not in weights]
+    layers = lora_targets(unet)
+    unknown = [n for n in lora if n not in layers]
     require(
         not unknown,
         f"The {what} is for {len(unknown)} layers that this U-Net does not have, such as "
         f"'{next(iter(unknown), '')}': load the model it was made for.",
     )
     for n, (A, B) in lora.items():
-        require_shapes(weights[n], A, B, n, what)
+        require_shapes(layers[n].weight, A, B, n, what)
 
 
 # %% ../nbs/40_mesh.ipynb #4fd98313

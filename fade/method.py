@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "Schedule",
     "builtin_methods",
     "validation_error",
     "Validated",
@@ -93,13 +94,16 @@ class Validated(BaseModel):
 
 
 # %% ../nbs/43_method.ipynb #e5dcf1ff
+Schedule = Literal["onecycle", "warmup", "constant", "restarts"]  # keys of `loop.schedules`
+
+
 class BaseRecipe(Validated):
     "What the recipes of all methods share."
 
     name: str = "paper"
     steps: int = Field(500, ge=0)  # optimizer steps
     lr: float = Field(1e-4, ge=0)  # peak learning rate
-    schedule: Literal["onecycle", "warmup", "constant", "restarts"] = "constant"
+    schedule: Schedule = "constant"
     batch: int = Field(1, ge=1)  # target samples a step
 
     @classmethod

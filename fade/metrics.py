@@ -19,7 +19,6 @@ __all__ = [
 ]
 
 # %% ../nbs/60_metrics.ipynb #e547cc2b
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from .concepts import prompt
-from .core import fingerprint, generator, require, save_tensors
+from .core import fingerprint, generator, logger, require, save_tensors
 from .diffusion.pipeline import decode, settings_for
 from .images import ImageCache
 from .neighborhood import Neighborhood
@@ -119,7 +118,7 @@ def choose_classifier(
         )
         sentence = why[0].upper() + why[1:]
         require(not source, f"{sentence}: give one trained on them, or none for CLIP zero-shot.")
-    logging.getLogger("fade").info(f"CLIP classifies zero-shot: {why}.")
+    logger.info(f"CLIP classifies zero-shot: {why}.")
     return ZeroShotClassifier(cache.phi, list(dict.fromkeys(concepts)), cache.template)
 
 

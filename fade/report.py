@@ -8,10 +8,11 @@ __all__ = [
     "schema",
     "plot_losses",
     "before_after",
+    "load_json_or_none",
+    "is_experiment",
     "read_record",
     "require_finished_run",
     "read_runs",
-    "load_json_or_none",
     "bootstrap_interval",
     "sign_flip",
     "score_table",
@@ -26,16 +27,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 from scipy.stats import permutation_test
 
 from .concepts import prompt
 from .core import FadeError, load_json, require
 from .diffusion.pipeline import generate
-from .figures import figure
+from .figures import figure, image_grid
 from .images import ImageCache
 from .neighborhood import Neighborhood
-from .vision.features import to_pil
 
 
 # %% ../nbs/61_report.ipynb #23ae51e5
@@ -75,24 +76,9 @@ def before_after(
         before = generate(cache.pipe, prompts, seeds, cache.sampler)
     with edit.merged():
         after = generate(cache.pipe, prompts, seeds, cache.sampler)
-    # names are as wide as the longest
-    fig, axs = figure(1.2 + 1.3 * n, 0.72 * len(concepts) + 0.3, len(concepts), 2 * n)
-    axs = axs.reshape(len(concepts), 2 * n)
-    for images, part in ((before, axs[:, :n]), (after, axs[:, n:])):
-        for image, ax in zip(to_pil(images), part.flat):
-            ax.imshow(image)
-            ax.axis("off")
-    return _named_rows(fig, axs, concepts, n)
-
-
-def _named_rows(fig: Figure, axs: np.ndarray, names: list[str], n: int) -> Figure:
-    "Names on the left, `before` and `after` on top."
-    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    for name, ax in zip(names, axs[:, 0]):
-        ax.text(-0.1, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=8)
-    axs[0, 0].set_title("before", loc="left")
-    axs[0, n].set_title("after", loc="left")
-    return fig
+    sides = torch.cat([o.unflatten(0, (-1, n)) for o in (before, after)], 1)
+    above = ["before", *[""] * (n - 1), "after", *[""] * (n - 1)]
+    return image_grid(sides.flatten(0, 1), 2 * n, titles=above, rows=concepts)
 
 
 # %% ../nbs/61_report.ipynb #abe6e0c2
@@ -100,12 +86,22 @@ score_names = ("a_er", "a_adj", "erb", "heldout", "unrelated")
 schema = 3  # of `metrics.json`
 
 
-def read_record(folder: str | Path) -> dict | None:
-    "The `metrics.json` of a run folder; nothing where it is missing, damaged or of another schema."
+def load_json_or_none(path: str | Path) -> Any:
+    "A JSON file, or nothing where it cannot be read."
     try:
-        record = load_json(Path(folder) / "metrics.json")
+        return load_json(path)
     except FadeError:
         return None
+
+
+def is_experiment(content: Any) -> bool:
+    "Whether a `metrics.json` is an experiment's, not a run's."
+    return isinstance(content, dict) and "experiment" in content
+
+
+def read_record(folder: str | Path) -> dict | None:
+    "The `metrics.json` of a run folder; nothing where it is missing, damaged or of another schema."
+    record = load_json_or_none(Path(folder) / "metrics.json")
     needed = {"schema", "method", "target", "model", "template"}
     whole = isinstance(record, dict) and needed <= record.keys() and record["schema"] == schema
     return record if whole else None
@@ -153,21 +149,13 @@ def read_runs(
         record = read_record(f.parent)
         if record:
             rows.append(_row(record, f.parent))
-        elif "experiment" not in (load_json_or_none(f) or {}):
+        elif not is_experiment(load_json_or_none(f)):
             warnings.warn(f"{f} is no whole record of a run: it is left out.")
     require(
         rows,
         f"There is no finished run below {folder}: a run is finished when it has a metrics.json.",
     )
     return pd.DataFrame(rows)
-
-
-def load_json_or_none(path: str | Path) -> Any:
-    "A JSON file, or nothing where it cannot be read."
-    try:
-        return load_json(path)
-    except FadeError:
-        return None
 
 
 # %% ../nbs/61_report.ipynb #f0be5804

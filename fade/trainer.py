@@ -29,7 +29,7 @@ from .diffusion.pipeline import encode_prompts, predict_noise
 from .diffusion.trajectory import denoise_to
 from .images import ImageCache
 from .mesh import Mesh, attach, load_mesh, transformer_layers
-from .method import BaseRecipe, Method, recipe_for, run_identity, train_edit
+from .method import BaseRecipe, Method, Schedule, recipe_for, run_identity, train_edit
 from .neighborhood import Neighborhood
 from .teacher import TeacherCache, build_teacher_cache, load_or_build
 
@@ -40,7 +40,7 @@ class FadeRecipe(BaseRecipe):
 
     steps: int = Field(500, ge=1)  # optimizer steps
     lr: float = Field(5e-4, ge=0)  # peak learning rate of AdamW
-    schedule: Literal["onecycle", "warmup", "constant", "restarts"] = "onecycle"
+    schedule: Schedule = "onecycle"
     batch: int = Field(4, ge=1)  # target samples a step
     form: Literal["paper", "released"] = "paper"  # of the losses and of the latents
     rank: int = Field(4, ge=1)  # LoRA rank

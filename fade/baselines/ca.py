@@ -149,7 +149,7 @@ def anchor_images(
     count = {template: each + (i < more) for i, template in enumerate(templates)}
     count = {template: n for template, n in count.items() if n}
     latents = [
-        ImageCache(cache.pipe, sampler, t, cache.phi, seed).latents("anchor", [anchor], n)[anchor]
+        ImageCache(cache.pipe, sampler, t, seed=seed).latents("anchor", [anchor], n)[anchor]
         for t, n in count.items()
     ]
     return torch.cat(latents).float(), [t for t, n in count.items() for _ in range(n)]

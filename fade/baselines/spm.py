@@ -21,7 +21,7 @@ __all__ = [
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from ..diffusion.trajectory import denoise_to
 from ..images import ImageCache
 from ..losses import squared_error
 from ..mesh import Mesh, attach, load_mesh, transformer_layers
-from ..method import BaseRecipe, Method, recipe_for, run_identity, train_edit
+from ..method import BaseRecipe, Method, Schedule, recipe_for, run_identity, train_edit
 from ..neighborhood import Neighborhood
 
 
@@ -46,7 +46,7 @@ class SpmRecipe(BaseRecipe):
     "What fixes an erasure with SPM, except the concept and the seed. The default is the paper's."
 
     steps: int = Field(3000, ge=1)  # optimizer steps
-    schedule: Literal["onecycle", "warmup", "constant", "restarts"] = "restarts"
+    schedule: Schedule = "restarts"
     rank: int = Field(1, ge=1)  # LoRA rank
     alpha: float = 1.0  # LoRA alpha; the scale is alpha/rank
     modules: tuple[str, ...] = transformer_layers  # endings of the names of the adapted layers

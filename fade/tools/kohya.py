@@ -34,11 +34,10 @@ from matplotlib.figure import Figure
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ..core import FadeError, atomic_write, require
 from ..figures import figure
-from ..mesh import Mesh, injection, require_free_name, require_lora_fits
+from ..mesh import Mesh, injection, lora_targets, require_free_name, require_lora_fits
 
 
 # %% ../../nbs/80_kohya.ipynb #ab20d87c
@@ -46,12 +45,7 @@ def kohya_names(
     unet: UNet2DConditionModel,
 ) -> dict[str, str]:  # kohya's name to layer name
     "The names in kohya's files of each linear layer and convolution of a U-Net."
-    layers = [
-        n.removesuffix(".base_layer")
-        for n, m in unet.named_modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and ".lora_" not in n
-    ]
-    return {"lora_unet_" + n.replace(".", "_"): n for n in layers}
+    return {"lora_unet_" + n.replace(".", "_"): n for n in lora_targets(unet)}
 
 
 # %% ../../nbs/80_kohya.ipynb #26e5eae6
