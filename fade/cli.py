@@ -273,11 +273,13 @@ def evaluate_command(a: argparse.Namespace) -> None:
     from fade.run import rescore
 
     folder, record, hood, cache = open_run(a)
-    scores = rescore(cache, folder, hood, choose_classifier(cache, hood, a.classifier), a.n)
+    chosen = choose_classifier(cache, hood, a.classifier)
+    scores = rescore(cache, folder, hood, chosen, a.n)
     if record["a_er"] is None and a.seed == record["seeds"]["training"]:
         save_json(folder / "metrics.json", load_json(folder / "metrics.json") | scores)
     else:
-        classifier = f"-{slug(Path(a.classifier).name)}" if a.classifier else ""
+        name = f"{slug(Path(a.classifier).name)}-{chosen.content[:8]}"
+        classifier = f"-{name}" if a.classifier else ""
         save_json(folder / f"evaluation-seed-{a.seed}-n-{a.n}{classifier}.json", scores)
     print(score_table(scores))
 

@@ -29,6 +29,7 @@ __all__ = [
     "seed_all",
     "in_batches",
     "fingerprint",
+    "tensors_fingerprint",
 ]
 
 # %% ../nbs/00_core.ipynb #a73a3a8e
@@ -336,3 +337,15 @@ def fingerprint(
 ) -> str:  # 16 hex digits
     "A short hash that changes when `obj` does."
     return hashlib.sha256(json.dumps(obj, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+# %% ../nbs/00_core.ipynb #15149c0a
+def tensors_fingerprint(
+    tensors: dict[str, torch.Tensor],  # by name
+) -> str:  # 16 hex digits
+    "A short hash of every bit of some tensors."
+    digest = hashlib.sha256()
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

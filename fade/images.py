@@ -8,7 +8,6 @@ __all__ = ["ImageCache"]
 # %% ../nbs/30_images.ipynb #4e7124c1
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,13 +29,17 @@ from fade.diffusion.pipeline import (
     Sampler,
     decode,
     note_cached_forwards,
+    require_promises,
+    require_whole,
     sample_latents,
     sampler_for,
     settings_for,
+    token_ids,
 )
 
 from .concepts import prompt, templates
-from .diffusion.adapters import active_edits, model_fingerprint
+from .diffusion.adapters import model_fingerprint
+from .diffusion.identity import differing_parts, identify, pipeline_probe
 from .vision.features import Phi
 
 
@@ -55,15 +58,21 @@ class ImageCache:
         prompt("", template)
         self.pipe, self.sampler, self.template = pipe, sampler or sampler_for(pipe), template
         self.seed, self._phi, self._shipped = seed, phi, None
-        self.model, self.edits = model_fingerprint(pipe, adapters=True), active_edits(pipe.unet)
-        source = phi.source if phi else settings_for(pipe)["phi"]
-        self.phi_kind = f"phi {Path(source).name}"
+        require_promises(pipe)
+        self.model = model_fingerprint(pipe, adapters=True)
+        self.probe = pipeline_probe(pipe, self.sampler)
+        self.description, self.pipeline = identify(pipe, self.sampler, self.probe)
 
     @property
     def phi(self) -> Phi:
         "CLIP as φ, loaded at the first use."
         self._phi = self._phi or Phi(settings_for(self.pipe)["phi"], self.pipe.device)
         return self._phi
+
+    @property
+    def phi_kind(self) -> str:
+        "The kind of rows that are features φ."
+        return f"phi {self.phi.content}"
 
     @property
     def shipped(self) -> dict[str, torch.Tensor]:
@@ -88,12 +97,13 @@ def seeds(self: ImageCache, purpose: str, concept: str, n: int) -> list[int]:
 
 @patch
 def key(self: ImageCache, purpose: str, concept: str, kind: str) -> str:
-    "The name under which results of one kind are cached."
+    "The name under which results of one kind are cached. Raises `FadeError` for a cut prompt."
+    text = prompt(concept, self.template)
+    require_whole(self.pipe, [text])
     return fingerprint(
         dict(
-            model=self.model,
-            sampler=asdict(self.sampler),
-            prompt=prompt(concept, self.template),
+            pipeline=self.pipeline,
+            tokens=token_ids(self.pipe, text),
             seeds=self.seeds(purpose, concept, 1),
             by=kind,
             latents="float16",  # results of unrounded latents are others
@@ -126,19 +136,25 @@ def store(self: ImageCache, purpose: str, concept: str, kind: str, rows: torch.T
 
 # %% ../nbs/30_images.ipynb #ec7a7bfb
 @patch
+def require_same(self: ImageCache) -> None:
+    "Raise `FadeError` unless the pipeline is as it was when the cache was made."
+    now = pipeline_probe(self.pipe, self.sampler)
+    other = " and the ".join(differing_parts(self.pipe, self.probe, now))
+    require(
+        not other,
+        f"The {other} changed since this cache was made (an edit, a LoRA, other weights, another "
+        "scheduler): disable or detach what was added, or make a new ImageCache.",
+    )
+
+
+@patch
 def generate_latents(
     self: ImageCache,
     purpose: str,
     first: dict[str, int],  # concept to the index of its first image
     n: int,  # up to this image of each
 ) -> dict[str, torch.Tensor]:  # concept to float16 latents, `(n-first,4,h,w)`
-    "New latents. Raises `FadeError` when another edit is in effect than when the cache was made."
-    on = active_edits(self.pipe.unet)
-    require(
-        on == self.edits,
-        f"The model has {on or 'no edit'} in effect, and this cache is of the model with "
-        f"{self.edits or 'none'}: disable or detach the edit first.",
-    )
+    "New latents."
     todo = [(c, s) for c, i in first.items() for s in self.seeds(purpose, c, n)[i:]]
     prompts, seeds = [prompt(c, self.template) for c, _ in todo], [s for _, s in todo]
     z = sample_latents(self.pipe, prompts, seeds, self.sampler).half()
@@ -153,7 +169,9 @@ def latents(
     n: int,
     first: dict[str, int] | None = None,  # concept to the index of its first image; 0 when left out
 ) -> dict[str, torch.Tensor]:  # concept to float16, `(n-first,4,h,w)`
-    "Clean latents of the model's images, from the cache where possible."
+    """Clean latents of the model's images, from the cache where possible.
+    Raises `FadeError` when the pipeline is not the one that the cache was made of."""
+    self.require_same()
     first = {c: (first or {}).get(c, 0) for c in concepts}
     have = {c: self.load(purpose, c, "latents") for c in first}
     start = {c: max(i, len(have[c])) for c, i in first.items()}
@@ -179,7 +197,9 @@ def rows(
     kind: str,  # what the rows depend on beside the images, such as φ's name
     compute: Callable,  # float16 latents `(k,4,h,w)` to a tensor with a row an image
 ) -> dict[str, torch.Tensor]:  # concept to `(n,…)`
-    "Rows for images of each concept, from the cache where possible."
+    """Rows for images of each concept, from the cache where possible.
+    Raises `FadeError` when the pipeline is not the one that the cache was made of."""
+    self.require_same()
     have = {c: self.load(purpose, c, kind) for c in dict.fromkeys(concepts)}
     missing = {c: len(rows) for c, rows in have.items() if len(rows) < n}
     cached = sum(min(n, len(rows)) for rows in have.values())

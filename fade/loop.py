@@ -150,6 +150,12 @@ def update(
     for group in self.opt.param_groups:
         group["lr"] = lr
     accelerator.backward(terms["loss"])
+    idle = [n for n, p in self.params.items() if p.grad is None]
+    require(
+        not idle,
+        f"{len(idle)} of {len(self.params)} trained weights get no gradient, such as "
+        f"{next(iter(idle), '')}: what they belong to takes no part in the model's output.",
+    )
     if clip:
         accelerator.clip_grad_norm_(self.params.values(), clip)
     self.opt.step()

@@ -37,17 +37,19 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from fastcore.basics import patch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from fade.diffusion.adapters import (
-    active_adapters,
+    Edit,
+    ModelState,
     edit_registry,
+    lora_layers,
     require_finite_strength,
     require_same_model,
+    selected_adapters,
     set_active_adapters,
 )
 
@@ -67,7 +69,7 @@ transformer_layers = (
 
 
 # %% ../nbs/40_mesh.ipynb #8a40887c
-class Mesh:
+class Mesh(Edit):
     "The LoRA layers of a U-Net under one adapter name, beside any others."
 
     file = edit_files[0]  # its name in a run folder
@@ -76,16 +78,23 @@ class Mesh:
         self,
         pipe: StableDiffusionPipeline,  # with the adapter injected
         name: str,  # of the adapter
+        before: ModelState,  # of the pipeline without it
         about: dict[str, Any] | None = None,  # metadata
-        grads: dict[nn.Parameter, bool] | None = None,  # `requires_grad` before injection
     ):
-        self.pipe, self.unet, self.name, self.about = pipe, pipe.unet, name, about or {}
-        self.grads, self.strength = grads or {}, 1.0
-        self.layers = {
-            n.removesuffix(".base_layer"): m
-            for n, m in self.unet.named_modules()
-            if isinstance(m, LoraLayer) and name in m.lora_A
-        }
+        self.register(pipe, name, before)
+        self.about = about or {}
+        self.layers = {n: m for n, m in lora_layers(self.unet).items() if name in m.lora_A}
+        self.scales = {n: m.scaling[name] for n, m in self.layers.items()}
+
+    def parts(self) -> list[nn.Module]:
+        "The second matrix of every LoRA layer."
+        return [m.lora_B[self.name] for m in self.layers.values()]
+
+    def problem(self) -> str:
+        "Why the mesh is not in effect as promised; empty where it is."
+        scales = {n: m.scaling.get(self.name) for n, m in self.layers.items()}
+        rescaled = "" if scales == self.scales else "its strength was not set by set_scale"
+        return super().problem() or rescaled
 
 
 # %% ../nbs/40_mesh.ipynb #4459b19f
@@ -111,10 +120,21 @@ def require_free_name(
     unet: UNet2DConditionModel,
     name: str,  # of an adapter
 ) -> None:
-    "Raise `FadeError` for a name that is taken."
+    "Raise `FadeError` for a name that is taken, and while adapters are off or fused."
     require(
         name not in getattr(unet, "peft_config", {}),
         f"The pipeline already has an adapter '{name}': choose another name or detach it first.",
+    )
+    layers = lora_layers(unet).values()
+    require(
+        not any(m.disable_adapters for m in layers),
+        "The pipeline's LoRAs are switched off, and another would be too: call pipe.enable_lora() "
+        "or pipe.unload_lora_weights() first.",
+    )
+    require(
+        not any(m.merged for m in layers),
+        "The pipeline's LoRAs are fused, and another would have no effect: call "
+        "pipe.unfuse_lora() first.",
     )
 
 
@@ -122,20 +142,20 @@ def require_free_name(
 def remove_adapter(
     unet: UNet2DConditionModel,
     name: str,  # of the adapter
-    active: list[str],  # adapters that are active afterwards
-    grads: dict[nn.Parameter, bool],  # `requires_grad` to restore
+    before: ModelState,  # whose adapters and gradients are restored, where they are still there
 ) -> None:
     "Remove an adapter, or what an interrupted injection has left of it."
     others = getattr(unet, "peft_config", {})
+    selected = [n for n in selected_adapters(unet) if n != name]
     others.pop(name, None)
+    edit_registry(unet).attached.pop(name, None)
     if others:
-        set_active_adapters(unet, active)
-        for m in unet.modules():
-            if isinstance(m, LoraLayer):
-                m.delete_adapter(name)
-    else:
+        set_active_adapters(unet, selected)
+        for m in lora_layers(unet).values():
+            m.delete_adapter(name)
+    elif lora_layers(unet):
         unet.unload_lora()
-    for p, flag in grads.items():
+    for p, flag in before.grads.items():
         p.requires_grad_(flag)
 
 
@@ -160,18 +180,19 @@ def quiet_peft() -> Iterator[None]:
 # %% ../nbs/40_mesh.ipynb #fbd1c60e
 @contextmanager
 def injection(
-    unet: UNet2DConditionModel,
+    pipe: StableDiffusionPipeline,
     name: str,  # of the adapter that the block injects
-) -> Iterator[dict[nn.Parameter, bool]]:  # `requires_grad` of the weights before
+) -> Iterator[ModelState]:  # before
     "Activate the adapter after the block, or remove it if the block fails."
-    active, grads = active_adapters(unet), {p: p.requires_grad for p in unet.parameters()}
+    before = ModelState(pipe)
     try:
         with quiet_peft():
-            yield grads
+            yield before
+        set_active_adapters(pipe.unet, before.adapters + [name])
+        edit_registry(pipe.unet).require_promises()
     except BaseException:
-        remove_adapter(unet, name, active, grads)
+        remove_adapter(pipe.unet, name, before)
         raise
-    set_active_adapters(unet, active + [name])
 
 
 # %% ../nbs/40_mesh.ipynb #4bcdaee9
@@ -188,14 +209,14 @@ def attach(
     require_free_name(pipe.unet, name)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(modules))
     try:
-        with injection(pipe.unet, name) as grads, torch.random.fork_rng():
+        with injection(pipe, name) as before, torch.random.fork_rng():
             torch.manual_seed(seed_for("mesh", seed))
             pipe.unet.add_adapter(config, adapter_name=name)
+            mesh = Mesh(pipe, name, before)
     except ValueError as e:
         raise FadeError(
             f"Cannot inject LoRA into {', '.join(modules)}: the U-Net has no such layers."
         ) from e
-    mesh = Mesh(pipe, name, grads=grads)
     for p in mesh.params.values():
         p.data = p.data.float()  # trained in full precision, also on a U-Net of 16 bit
     return mesh
@@ -206,12 +227,14 @@ def attach(
 @contextmanager
 def disabled(self: Mesh) -> Iterator[Mesh]:
     "The model without this mesh, inside the block."
-    active = active_adapters(self.unet)
-    set_active_adapters(self.unet, [n for n in active if n != self.name])
+    selected = selected_adapters(self.unet)
+    set_active_adapters(self.unet, [n for n in selected if n != self.name])
+    state = "merged" if self.state == "merged" else "off"
     try:
-        yield self
+        with self.in_state(state):
+            yield self
     finally:
-        set_active_adapters(self.unet, active)
+        set_active_adapters(self.unet, selected)
 
 
 # %% ../nbs/40_mesh.ipynb #da049e08
@@ -222,8 +245,9 @@ def set_scale(
 ) -> Mesh:
     "Set the strength $s$. Raises `FadeError` unless it is a finite number."
     require_finite_strength(strength, "mesh")
-    for m in self.layers.values():
+    for n, m in self.layers.items():
         m.set_scale(self.name, strength)
+        self.scales[n] = m.scaling[self.name]
     self.strength = strength
     return self
 
@@ -234,6 +258,7 @@ def set_scale(
 @torch.no_grad()
 def merged(self: Mesh) -> Iterator[Mesh]:
     "The model with this mesh merged into its weights, inside the block."
+    self.require_promised()
     original = {n: m.base_layer.weight.data for n, m in self.layers.items()}
     registry = edit_registry(self.unet)
     try:
@@ -241,7 +266,7 @@ def merged(self: Mesh) -> Iterator[Mesh]:
             delta = m.get_delta_weight(self.name).to(original[n].dtype)
             m.base_layer.weight.data = original[n] + delta
         registry.active[self.name] = {}
-        with self.disabled():
+        with self.in_state("merged"), self.disabled():
             yield self
     finally:
         registry.active.pop(self.name, None)
@@ -252,10 +277,12 @@ def merged(self: Mesh) -> Iterator[Mesh]:
 # %% ../nbs/40_mesh.ipynb #8e61b71f
 @patch
 def detach(self: Mesh) -> StableDiffusionPipeline:
-    "Remove the mesh; the pipeline is as it was given."
-    active = [n for n in active_adapters(self.unet) if n != self.name]
-    remove_adapter(self.unet, self.name, active, self.grads)
+    """Remove the mesh; the pipeline is as it was given.
+    Raises `FadeError` where something else has changed the U-Net meanwhile."""
+    self.require_unfused()
+    remove_adapter(self.unet, self.name, self.before)
     self.layers = {}
+    self.require_restored()
     return self.pipe
 
 
@@ -267,6 +294,7 @@ def save(
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
     "Write the mesh as a LoRA file that plain diffusers loads."
+    self.require_promised()
     self.about = {**self.about, **about}
     state = get_peft_model_state_dict(self.unet, adapter_name=self.name)
     weights = {f"unet.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
@@ -440,9 +468,9 @@ def load_mesh(
     require_same_rank(header, lora, path)
     options = dict(weight_name=path.name, adapter_name=name, use_safetensors=True)
     try:
-        with injection(unet, name) as grads:
+        with injection(pipe, name) as before:
             pipe.load_lora_weights(path.parent, **options)
-            mesh = Mesh(pipe, name, about, grads)
+            mesh = Mesh(pipe, name, before, about)
             require(mesh.layers.keys() == lora.keys(), "its header names other layers.")
     except Exception as e:
         raise FadeError(f"The mesh {path} does not fit this model: {str(e).splitlines()[0]}") from e

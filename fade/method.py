@@ -234,7 +234,7 @@ def run_identity(method: str, cache: Any, hood: Any, recipe: BaseRecipe, seed: i
         neighbors=hood.neighbors,
         recipe=recipe.model_dump(mode="json"),
         seed=seed,
-        model=cache.model,
+        pipeline=cache.description,
     )
 
 

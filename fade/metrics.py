@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .concepts import prompt
-from .core import fingerprint, generator, logger, require, save_tensors
+from .core import generator, logger, require, save_tensors
 from .diffusion.pipeline import decode, settings_for
 from .images import ImageCache
 from .neighborhood import Neighborhood
@@ -125,8 +125,7 @@ def choose_classifier(
 # %% ../nbs/60_metrics.ipynb #e653e605
 def classifier_kind(cache: ImageCache, classifier: Any) -> str:
     "What a classification depends on, beside the image: a kind of `ImageCache.rows`."
-    source = Path(str(classifier.source)).name
-    return f"{classifier.kind} {source} {fingerprint(classifier.names)} {cache.phi_kind}"
+    return f"{classifier.kind} {classifier.content} {cache.phi_kind}"
 
 
 def classify_images(
@@ -216,7 +215,12 @@ def scores(before: dict, after: dict, groups: dict, cache: ImageCache, classifie
         unrelated=_share(after, before, groups["unrelated"]),
         quality=quality(before, after, groups, cache),
         per_concept=per_concept,
-        classifier=dict(kind=classifier.kind, source=source, classes=len(classifier.names)),
+        classifier=dict(
+            kind=classifier.kind,
+            source=source,
+            classes=len(classifier.names),
+            fingerprint=classifier.content,
+        ),
     )
 
 
@@ -229,7 +233,9 @@ def evaluate(
     n: int = 25,  # images a concept
 ) -> dict:  # the scores of `metrics.json`
     """Score an erasure against the original model, image by image with the same seeds.
-    What was classified before is cached, so a stopped evaluation continues."""
+    What was classified before is cached, so a stopped evaluation continues.
+    Raises `FadeError` when the edit is not in effect, or the model without it is another."""
+    edit.require_promised()
     classifier = classifier or choose_classifier(cache, hood)
     groups = dict(
         target=[hood.target],
@@ -240,9 +246,11 @@ def evaluate(
     concepts = sum(groups.values(), [])
     with edit.disabled():
         before = classify_images(cache, concepts, n, classifier)
-    # the erased model has a cache of its own: its weights have another fingerprint
-    erased = ImageCache(cache.pipe, cache.sampler, cache.template, cache.phi, cache.seed)
     with edit.merged():
+        # the erased model has a cache of its own: its weights have another fingerprint
+        erased = ImageCache(cache.pipe, cache.sampler, cache.template, cache.phi, cache.seed)
+        moved = erased.pipeline != cache.pipeline or edit.norm() == 0
+        require(moved, f"The edit '{edit.name}' changes nothing: attach it again, or train it.")
         after = classify_images(erased, concepts, n, classifier)
     return scores(before, after, groups, cache, classifier)
 
@@ -262,4 +270,6 @@ def ship_original(
     kinds = [("neighborhood", "latents"), ("neighborhood", cache.phi_kind)]
     kinds += [("evaluation", classifier_kind(cache, classifier))]
     made = [(purpose, c, kind) for purpose, kind in kinds for c in concepts]
-    save_tensors(path, {cache.key(*m): cache.load(*m) for m in made})
+    about = dict(description=cache.description, pipeline=cache.pipeline)
+    probe = {f"probe {k}": v for k, v in cache.probe.items()}
+    save_tensors(path, {cache.key(*m): cache.load(*m) for m in made} | probe, about)

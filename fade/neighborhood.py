@@ -10,6 +10,7 @@ __all__ = [
     "coarse_sampler",
     "shortlist_images",
     "shortlist",
+    "require_distinct",
     "neighborhood",
     "neighbor_recall",
 ]
@@ -21,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .concepts import ConceptSet, find_target, unrelated_concepts
+from .concepts import ConceptSet, find_target, prompt, unrelated_concepts
 from .core import FadeError, generator, load_json, require, save_json
-from .diffusion.pipeline import Sampler
+from .diffusion.pipeline import Sampler, require_whole, token_ids
 from .images import ImageCache
 
 
@@ -145,6 +146,21 @@ def shortlist(
     return order, sim + [None] * (len(order) - len(sim))
 
 
+# %% ../nbs/31_neighborhood.ipynb #5397dcf0
+def require_distinct(cache: ImageCache, names: list[str]) -> None:
+    "Raise `FadeError` for two names that the model reads as the same tokens, or cuts."
+    prompts = {c: prompt(c, cache.template) for c in names}
+    require_whole(cache.pipe, [*prompts.values()])
+    seen: dict[tuple, str] = {}
+    for c, text in prompts.items():
+        first = seen.setdefault(tuple(token_ids(cache.pipe, text)), c)
+        require(
+            first == c,
+            f"This model reads '{first}' and '{c}' as the same tokens, so it cannot tell them "
+            "apart: leave one out, or choose names that it knows.",
+        )
+
+
 # %% ../nbs/31_neighborhood.ipynb #f5ede8c5
 def neighborhood(
     cache: ImageCache,
@@ -164,6 +180,7 @@ def neighborhood(
         f"K is {k}, but there are {len(names)} candidates beside the target: "
         f"choose K from 1 to {len(names) - 1}.",
     )
+    require_distinct(cache, [target, *names])
     if short:
         found = shortlist(cache, target, names, k, m)
     else:

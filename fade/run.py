@@ -239,7 +239,7 @@ def train_or_load(
     "The edit, attached and in effect, from the folder or trained now."
     recipe, method = resolved.recipe, resolved.config.method
     about = dict(method=method, target=hood.target, neighbors=hood.neighbors, seed=cache.seed)
-    about["recipe"] = recipe.model_dump(mode="json")
+    about |= dict(recipe=recipe.model_dump(mode="json"), superclass=hood.superclass)
     if saved := _saved_edit(folder, about):
         logger.info(f"{saved} is there and is scored as it is: remove it to train again.")
         metadata = read_edit_metadata(saved)

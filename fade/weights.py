@@ -27,8 +27,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from fade.diffusion.adapters import (
+    Edit,
+    ModelState,
     active_edits,
     edit_registry,
+    parts_that_run,
     require_finite_strength,
     require_same_model,
 )
@@ -67,7 +70,7 @@ def select_weights(
 
 
 # %% ../nbs/41_weights.ipynb #dbfa27b7
-class WeightEdit:
+class WeightEdit(Edit):
     "Edited weights of a U-Net beside the originals; in effect when made, and equal to them."
 
     file = edit_files[1]  # its name in a run folder
@@ -80,15 +83,24 @@ class WeightEdit:
         about: dict[str, Any] | None = None,  # metadata
     ):
         require_new_edit(pipe, name)
-        self.pipe, self.unet, self.name, self.about = pipe, pipe.unet, name, about or {}
-        self.strength = 1.0
-        self.grads = {p: p.requires_grad for p in self.unet.parameters()}
-        self.layers = select_weights(self.unet, pattern)
+        self.layers, self.about = select_weights(pipe.unet, pattern), about or {}
+        self.register(pipe, name, ModelState(pipe))
         self.original = {n: p.data for n, p in self.layers.items()}
         self.edited = {n: p.data.clone() for n, p in self.layers.items()}
         self.set_weights(self.edited)
         registry = edit_registry(self.unet)
         registry.active[name], registry.replaced[name] = {}, set(self.layers)
+
+    def problem(self) -> str:
+        "Why the edit is not in effect as promised; empty where it is."
+        if problem := super().problem():
+            return problem
+        owners = {p: m for m in self.unet.modules() for p in m.parameters(recurse=False)}
+        if any(p not in owners for p in self.layers.values()):
+            return "its weights are no longer in the U-Net"
+        modules = list(dict.fromkeys(owners[p] for p in self.layers.values()))
+        idle = len(modules) - parts_that_run(self.pipe, modules)
+        return f"{idle} of its {len(modules)} layers take no part in a forward" if idle else ""
 
 
 # %% ../nbs/41_weights.ipynb #ec46ef6f
@@ -118,10 +130,11 @@ def __repr__(self: WeightEdit) -> str:
 def disabled(self: WeightEdit) -> Iterator[WeightEdit]:
     """The model without this edit, inside the block.
     The backward of an earlier forward has to come before the block."""
+    self.require_unfused()
     current = {n: p.data for n, p in self.layers.items()}
     self.set_weights(self.original)
     try:
-        with edit_registry(self.unet).hidden(self.name):
+        with edit_registry(self.unet).hidden(self.name), self.in_state("off"):
             yield self
     finally:
         self.set_weights(current)
@@ -142,6 +155,7 @@ def set_scale(
 ) -> WeightEdit:
     "Set the strength $s$. Raises `FadeError` unless it is a finite number."
     require_finite_strength(strength, "edit")
+    self.require_unfused()
     self.strength = strength
     between = {n: W + strength * (self.edited[n] - W) for n, W in self.original.items()}
     self.set_weights(self.edited if strength == 1 else between)
@@ -158,7 +172,9 @@ def norm(self: WeightEdit) -> float:
 # %% ../nbs/41_weights.ipynb #2cf341d2
 @patch
 def detach(self: WeightEdit) -> StableDiffusionPipeline:
-    "Restore the originals. Raises `FadeError` while a later edit of the same weights exists."
+    """Restore the originals. Raises `FadeError` while a later edit of the same weights exists, and
+    where something else has changed the U-Net meanwhile."""
+    self.require_unfused()
     registry = edit_registry(self.unet)
     replaced, names = registry.replaced, list(registry.replaced)
     later = names[names.index(self.name) + 1 :] if self.name in replaced else []
@@ -171,9 +187,8 @@ def detach(self: WeightEdit) -> StableDiffusionPipeline:
     self.set_weights(self.original)
     registry.active.pop(self.name, None)
     replaced.pop(self.name, None)
-    for p, flag in self.grads.items():
-        p.requires_grad_(flag)
     self.layers = {}
+    self.require_restored()
     return self.pipe
 
 
@@ -185,6 +200,7 @@ def save(
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
     "Write the edited weights."
+    self.require_promised()
     self.about = {**self.about, **about}
     save_tensors(path, self.edited, self.about)
 

@@ -44,6 +44,8 @@ from fade.core import (
     seed_for,
 )
 from fade.diffusion.adapters import (
+    Edit,
+    ModelState,
     edit_registry,
     require_finite_strength,
     require_same_model,
@@ -117,7 +119,7 @@ class Eraser(nn.Module):
 
 
 # %% ../../nbs/56_receler.ipynb #8a49ddc0
-class Erasers:
+class Erasers(Edit):
     "Erasers after all cross-attention layers of a pipeline's U-Net, on and zero-initialized."
 
     file = edit_files[1]  # its name in a run folder
@@ -131,13 +133,16 @@ class Erasers:
         about: dict | None = None,  # what is saved with it
     ):
         require_new_edit(pipe, name)
-        self.pipe, self.unet, self.name, self.enabled = pipe, pipe.unet, name, True
+        self.register(pipe, name, ModelState(pipe))
         self.about = {**(about or {}), "method": "receler"}
         self.outputs: dict[str, torch.Tensor] | None = None  # r by layer, while recorded
-        self.grads = {p: p.requires_grad for p in self.unet.parameters()}
         self.add_layers(width, seed)
         edit_registry(self.unet).active[name] = self.tensors = dict(self.params)
         self.set_scale(1.0)
+
+    def parts(self) -> list[nn.Module]:
+        "The erasers; none at strength 0, where they are not evaluated."
+        return list(self.layers.values()) if self.strength else []
 
 
 # %% ../../nbs/56_receler.ipynb #bedf7277
@@ -178,7 +183,7 @@ def eraser_hook(
     "A hook that adds the eraser's output r to the layer's, and records r inside `recorded`."
 
     def hook(module, args, o):
-        if not self.enabled or self.strength == 0:
+        if self.state == "off" or self.strength == 0:
             return o
         eraser = self.layers[name].to(o.device)  # the pipeline may have been moved
         r = eraser(o.float())
@@ -194,12 +199,8 @@ def eraser_hook(
 @contextmanager
 def disabled(self: Erasers) -> Iterator[Erasers]:
     "The model without the erasers, inside the block."
-    enabled, self.enabled = self.enabled, False
-    try:
-        with edit_registry(self.unet).hidden(self.name):
-            yield self
-    finally:
-        self.enabled = enabled
+    with edit_registry(self.unet).hidden(self.name), self.in_state("off"):
+        yield self
 
 
 @patch
@@ -237,9 +238,8 @@ def detach(self: Erasers) -> StableDiffusionPipeline:
     for hook in self.hooks:
         hook.remove()
     edit_registry(self.unet).active.pop(self.name, None)
-    for p, required in self.grads.items():
-        p.requires_grad_(required)
     self.layers = {}
+    self.require_restored()
     return self.pipe
 
 
@@ -251,6 +251,7 @@ def save(
     **about: Any,  # what is saved with it, anything JSON can hold
 ) -> None:
     "Write the erasers."
+    self.require_promised()
     self.about = {**self.about, **about}
     save_tensors(path, self.params, self.about)
 

@@ -181,8 +181,9 @@ class Membrane(Mesh):
         mesh: Mesh,  # attached; this takes its place
         concept: str,  # the erased concept, for the gate
     ):
-        super().__init__(mesh.pipe, mesh.name, {**mesh.about, "method": "spm", "gate": concept})
-        self.grads, self.strength, self.concept = mesh.grads, mesh.strength, concept
+        about = {**mesh.about, "method": "spm", "gate": concept}
+        super().__init__(mesh.pipe, mesh.name, mesh.before, about)
+        self.strength, self.concept = mesh.strength, concept
         special = set(self.pipe.tokenizer.all_special_ids)
         self.concept_tokens = set(self.pipe.tokenizer(concept).input_ids) - special
         require(
@@ -289,6 +290,7 @@ def merged(self: Membrane) -> Iterator[Membrane]:
 @patch
 def detach(self: Membrane) -> StableDiffusionPipeline:
     "Remove gate and LoRA layers; the pipeline is as it was given. Returns the pipeline."
+    self.require_unfused()
     for hook in self.hooks:
         hook.remove()
     edit_registry(self.unet).active.pop(self.gate_name, None)

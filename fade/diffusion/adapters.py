@@ -4,12 +4,22 @@
 
 # %% auto #0
 __all__ = [
+    "lora_layers",
+    "selected_adapters",
     "active_adapters",
     "set_active_adapters",
     "EditRegistry",
     "edit_registry",
     "active_edits",
+    "base_weights",
+    "added_tensors",
     "model_fingerprint",
+    "eager",
+    "unet_probe",
+    "parts_that_run",
+    "close",
+    "ModelState",
+    "Edit",
     "dtype_name",
     "require_same_model",
     "base_model",
@@ -18,41 +28,60 @@ __all__ = [
 
 # %% ../../nbs/21_adapters.ipynb #69e91000
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from fastcore.basics import patch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..core import fingerprint, require
+from ..core import generator, require, tensors_fingerprint
+from .pipeline import note_probe_forwards
 
 
 # %% ../../nbs/21_adapters.ipynb #39e44860
+def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
+    "The layers that have adapters, by name."
+    return {n: m for n, m in unet.named_modules() if isinstance(m, LoraLayer)}
+
+
+def selected_adapters(unet: nn.Module) -> list[str]:
+    "Names of the adapters that are in effect unless adapters are switched off."
+    return next((list(m.active_adapters) for m in lora_layers(unet).values()), [])
+
+
 def active_adapters(unet: nn.Module) -> list[str]:
-    "Names of the adapters in effect."
-    return next((list(m.active_adapters) for m in unet.modules() if isinstance(m, LoraLayer)), [])
+    "Names of the adapters in effect; none while `pipe.disable_lora()` holds."
+    off = any(m.disable_adapters for m in lora_layers(unet).values())
+    return [] if off else selected_adapters(unet)
 
 
 def set_active_adapters(unet: nn.Module, names: list[str]) -> None:
     "Put these adapters in effect and no others; their scales and gradients stay as they are."
-    for m in unet.modules():
-        if isinstance(m, LoraLayer):
-            m._active_adapter = list(names)
+    for m in lora_layers(unet).values():
+        m._active_adapter = list(names)
 
 
 # %% ../../nbs/21_adapters.ipynb #522a16a7
 @dataclass
 class EditRegistry:
-    "The edits of a U-Net that are no PEFT adapters, kept on it as `unet.fade_edits`."
+    "The edits of a U-Net, kept on it as `unet.fade_edits`."
 
-    # edits in effect, by name: the tensors each uses that are no parameters of the U-Net
+    # edits that are attached, by name, in effect or disabled
+    attached: dict[str, Any] = field(default_factory=dict)
+    # edits in effect that are no PEFT adapters, by name: the tensors each uses beside the U-Net's
     active: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     # edits of weights in the order they were made, by name: the weights that each replaced
     replaced: dict[str, set[str]] = field(default_factory=dict)
+
+    def require_promises(self) -> None:
+        "Raise `FadeError` unless every attached edit is in effect, or disabled, as it promises."
+        for edit in self.attached.values():
+            edit.require_promised()
 
     @contextmanager
     def hidden(self, name: str) -> Iterator[None]:
@@ -79,26 +108,26 @@ def active_edits(unet: nn.Module) -> list[str]:
 
 
 # %% ../../nbs/21_adapters.ipynb #90ff99f0
-def _summary(p: torch.Tensor) -> list:
-    "The shape of a tensor and at most 17 of its values."
-    return [list(p.shape), p.detach().flatten()[:: max(1, p.numel() // 16)][:17].float().tolist()]
+def base_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    "A module's own parameters by name, without adapters."
+    names = {n: n.removeprefix("_orig_mod.") for n, _ in module.named_parameters()}
+    return {
+        names[n].replace(".base_layer", ""): p
+        for n, p in module.named_parameters()
+        if "lora_" not in n
+    }
 
 
-def _effect(unet: nn.Module, adapters: list[str]) -> dict[str, Any]:
-    "What the adapters and edits in effect add to a fingerprint."
-    scales = {
-        f"{a} {n}": m.scaling[a]
-        for n, m in unet.named_modules()
-        if isinstance(m, LoraLayer)
-        for a in adapters
-        if a in m.scaling
-    }
-    edits = {
-        f"{e} {n}": _summary(p)
-        for e, tensors in edit_registry(unet).active.items()
-        for n, p in [("", torch.zeros(1)), *tensors.items()]
-    }
-    return scales | edits
+def added_tensors(unet: nn.Module) -> dict[str, torch.Tensor]:
+    "Weights and scales of the adapters and edits in effect, by name."
+    active, found = active_adapters(unet), {}
+    for name, m in lora_layers(unet).items():
+        found |= {f"{name}.{k}": p for k, p in m.named_parameters() if k.split(".")[1] in active}
+        scales = {a: torch.tensor(float(m.scaling[a])) for a in active if a in m.scaling}
+        found |= {f"{name} scale {a}": s for a, s in scales.items()}
+    for edit, tensors in edit_registry(unet).active.items():
+        found |= {f"{edit} {n}": x for n, x in {"": torch.zeros(1), **tensors}.items()}
+    return found
 
 
 # %% ../../nbs/21_adapters.ipynb #838d0a36
@@ -106,15 +135,160 @@ def model_fingerprint(
     pipe: StableDiffusionPipeline,
     adapters: bool = False,  # include the adapters and edits in effect
 ) -> str:  # 16 hex digits
-    "A short hash of the U-Net and the text encoder."
-    on = active_adapters(pipe.unet) if adapters else []
-    parts = {
-        f"{k}.{n}".replace(".base_layer", ""): _summary(p)
-        for k in ("unet", "text_encoder")
-        for n, p in getattr(pipe, k).named_parameters()
-        if "lora_" not in n or any(f".{a}." in n for a in on)
-    }
-    return fingerprint(parts | (_effect(pipe.unet, on) if adapters else {}))
+    "A short hash of all weights of the U-Net and the text encoder."
+    parts = {k: base_weights(getattr(pipe, k)) for k in ("unet", "text_encoder")}
+    tensors = {f"{k}.{n}": p for k, own in parts.items() for n, p in own.items()}
+    return tensors_fingerprint(tensors | (added_tensors(pipe.unet) if adapters else {}))
+
+
+# %% ../../nbs/21_adapters.ipynb #a18a23ec
+def eager() -> Any:
+    "A context in which compiled modules run uncompiled, where torch can do that."
+    found = getattr(torch.compiler, "set_stance", None)
+    return found("force_eager") if found else nullcontext()
+
+
+@torch.no_grad()
+def unet_probe(pipe: StableDiffusionPipeline) -> torch.Tensor:  # `(1,4,h,w)`
+    "The U-Net's prediction for fixed inputs of at most 16×16 latents; it is not counted."
+    unet, g = pipe.unet, generator("probe")
+    size, d = min(16, unet.config.sample_size), unet.config.cross_attention_dim
+    x = torch.randn(1, unet.config.in_channels, size, size, generator=g)
+    c = torch.randn(1, 8, d, generator=g)
+    x, c = (v.to(pipe.device, unet.dtype) for v in (x, c))
+    note_probe_forwards(pipe, 1)
+    with eager():
+        return unet(x, 500, encoder_hidden_states=c, return_dict=False)[0].float().cpu()
+
+
+def parts_that_run(pipe: StableDiffusionPipeline, parts: list[nn.Module]) -> int:
+    "How many of these modules take part in a forward of the U-Net."
+    ran: set[int] = set()
+    hooks = [m.register_forward_hook(lambda m, *_: ran.add(id(m))) for m in parts]
+    try:
+        unet_probe(pipe)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return len(ran)
+
+
+# %% ../../nbs/21_adapters.ipynb #6b31e497
+def close(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dtype: torch.dtype = torch.float32,  # in which they were computed
+) -> bool:
+    "Whether two results of one computation agree to within the rounding of a dtype."
+    bound = {torch.float32: 2e-4, torch.float16: 1e-2}.get(dtype, 5e-2)
+    return a.shape == b.shape and bool((a - b).abs().max() <= bound * a.abs().max())
+
+
+class ModelState:
+    "A U-Net as it is now: gradient flags, adapters, edits, weights, answer to the probe."
+
+    def __init__(self, pipe: StableDiffusionPipeline):
+        unet = pipe.unet
+        self.grads = {p: p.requires_grad for p in unet.parameters()}
+        self.adapters, self.added = (
+            selected_adapters(unet),
+            tensors_fingerprint(added_tensors(unet)),
+        )
+        self.replaced = set().union(*edit_registry(unet).replaced.values())
+        self.kind = unet.dtype, unet.device
+        self.weights = {n: tensors_fingerprint({n: p}) for n, p in base_weights(unet).items()}
+        self.probe = unet_probe(pipe)
+
+    def difference(self, pipe: StableDiffusionPipeline) -> str:
+        "What is not as it was, beside weights of other edits; empty for nothing."
+        now = ModelState(pipe)
+        if now.kind != self.kind:
+            return ""  # converted weights have other bits
+        edited = self.replaced | now.replaced
+        known = [n for n in self.weights.keys() & now.weights.keys() if n not in edited]
+        changed = sorted(n for n in known if self.weights[n] != now.weights[n])
+        if changed:
+            return f"{len(changed)} of its weights, such as {changed[0]}, are not what they were"
+        others = now.added != self.added or any(self.weights[n] != now.weights[n] for n in edited)
+        same = others or close(self.probe, now.probe, self.kind[0])
+        return "" if same else "its predictions are not what they were"
+
+
+# %% ../../nbs/21_adapters.ipynb #3c5f00eb
+class Edit:
+    "What all edits of a U-Net share."
+
+    state = "on"  # or `off` or `merged`, inside the blocks of those names
+    strength = 1.0
+
+    def register(self, pipe: StableDiffusionPipeline, name: str, before: ModelState) -> None:
+        "Note what the edit is on, and list it as attached."
+        self.pipe, self.unet, self.name, self.before = pipe, pipe.unet, name, before
+        edit_registry(pipe.unet).attached[name] = self
+
+    def parts(self) -> list[nn.Module]:
+        "Modules that take part in every forward while the edit is on, and in none otherwise."
+        return []
+
+    def problem(self) -> str:
+        "Why the edit is not in effect as promised; empty where it is."
+        if getattr(self.pipe.unet, "_orig_mod", self.pipe.unet) is not self.unet:
+            return "the pipeline has another U-Net now"
+        parts = self.parts()
+        ran = parts_that_run(self.pipe, parts) if parts else 0
+        if self.state == "on" and ran < len(parts):
+            return f"{len(parts) - ran} of its {len(parts)} layers take no part in a forward"
+        return "it is disabled and takes part in a forward" if self.state != "on" and ran else ""
+
+
+# %% ../../nbs/21_adapters.ipynb #3a5abe13
+@patch
+def require_promised(self: Edit) -> None:
+    "Raise `FadeError` unless the edit is in effect, or disabled, as promised."
+    problem = self.problem()
+    require(
+        not problem,
+        f"The edit '{self.name}' is attached, but {problem}: undo what was done to the pipeline "
+        "since (adapters disabled, activated, fused or unloaded; projections fused), or load it "
+        "again.",
+    )
+
+
+@patch
+@contextmanager
+def in_state(self: Edit, state: str) -> Iterator[None]:
+    "The edit promises another state inside the block."
+    before, self.state = self.state, state
+    try:
+        yield
+    finally:
+        self.state = before
+
+
+@patch
+def require_unfused(self: Edit) -> None:
+    "Raise `FadeError` while adapters are fused into the weights."
+    fused = any(m.merged for m in lora_layers(self.unet).values())
+    require(
+        not fused,
+        f"LoRAs are fused into the weights, and '{self.name}' cannot be told from them: call "
+        "pipe.unfuse_lora() first, or load the model again.",
+    )
+
+
+@patch
+def require_restored(self: Edit) -> None:
+    "After detaching: raise `FadeError` unless the model is as it was before the edit."
+    edit_registry(self.unet).attached.pop(self.name, None)
+    for p, flag in self.before.grads.items():
+        p.requires_grad_(flag)
+    difference = self.before.difference(self.pipe)
+    require(
+        not difference,
+        f"The edit '{self.name}' is detached, but {difference}, since something else changed the "
+        "U-Net meanwhile (LoRAs or projections fused, FreeU, other weights): load the model again "
+        "for the original.",
+    )
 
 
 # %% ../../nbs/21_adapters.ipynb #325374cc

@@ -12,12 +12,16 @@ __all__ = [
     "load_pipeline",
     "merge_settings",
     "settings_for",
+    "token_ids",
+    "is_cut",
+    "require_whole",
     "encode_prompts",
     "predict_noise",
     "ForwardCounter",
     "count_forwards",
     "note_cached_forwards",
     "note_padding_forwards",
+    "note_probe_forwards",
     "signal_levels",
     "add_noise",
     "Sampler",
@@ -25,6 +29,7 @@ __all__ = [
     "guided_noise",
     "initial_noise",
     "denoise",
+    "require_promises",
     "sample_latents",
     "decode",
     "generate",
@@ -150,24 +155,42 @@ def settings_for(
 
 
 # %% ../../nbs/20_pipeline.ipynb #dbbfca47
+def token_ids(
+    pipe: StableDiffusionPipeline,
+    prompt: str,
+) -> list[int]:  # with start and end, however many
+    "A prompt's tokens as the pipeline reads them, before anything is cut."
+    return pipe.tokenizer(pipe.maybe_convert_prompt(prompt, pipe.tokenizer)).input_ids
+
+
+def is_cut(pipe: StableDiffusionPipeline, prompt: str) -> bool:
+    "Whether the prompt has more tokens than the text encoder takes."
+    return len(token_ids(pipe, prompt)) > pipe.tokenizer.model_max_length
+
+
+def require_whole(pipe: StableDiffusionPipeline, prompts: list[str]) -> None:
+    "Raise `FadeError` for a prompt that would be cut."
+    cut = next((p for p in prompts if is_cut(pipe, p)), "")
+    most = pipe.tokenizer.model_max_length
+    require(
+        not cut,
+        f"The prompt '{cut}' has {len(token_ids(pipe, cut))} tokens, and this model takes {most}: "
+        "shorten the concept or the template.",
+    )
+
+
 @torch.no_grad()
 def encode_prompts(
     pipe: StableDiffusionPipeline,
-    prompts: list[str],  # truncated at the tokenizer's length
+    prompts: list[str],  # what is too long is cut, which is logged
 ) -> torch.Tensor:  # prompt embeddings, `(n,L,d)`
-    "Prompt embeddings from the pipeline's text encoder."
-
-    def encode(prompt: str) -> torch.Tensor:
-        ids = pipe.tokenizer(
-            prompt,
-            padding="max_length",
-            truncation=True,
-            max_length=pipe.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
-        return pipe.text_encoder(ids.to(pipe.device))[0]
-
-    embeds = {p: encode(p) for p in dict.fromkeys(prompts)}
+    "Prompt embeddings as `pipe(prompt)` computes them."
+    different = list(dict.fromkeys(prompts))
+    for p in different:
+        if is_cut(pipe, p):
+            most = pipe.tokenizer.model_max_length
+            logger.warning(f"Only the first {most} tokens of a prompt are used: '{p}' has more.")
+    embeds = {p: pipe.encode_prompt(p, pipe.device, 1, False)[0] for p in different}
     return torch.cat([embeds[p] for p in prompts])
 
 
@@ -242,6 +265,15 @@ def note_padding_forwards(
         counter.padding += n
 
 
+def note_probe_forwards(
+    pipe: StableDiffusionPipeline,
+    n: int,  # sample-forwards that only check the pipeline
+) -> None:
+    "Take `n` from `forwards` of every active counter of the pipeline's U-Net."
+    for counter in active_counters.get(pipe.unet, []):
+        counter.forwards -= n
+
+
 # %% ../../nbs/20_pipeline.ipynb #5f6a9783
 def signal_levels(
     pipe: StableDiffusionPipeline,
@@ -277,12 +309,13 @@ class Sampler:
 
     def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
         "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
-        name = self.scheduler or type(pipe.scheduler).__name__
+        name = self.scheduler
+        found = getattr(diffusers, name, None) if name else type(pipe.scheduler)
         require(
-            hasattr(diffusers, name),
+            isinstance(found, type) and issubclass(found, SchedulerMixin),
             f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
         )
-        scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        scheduler = found.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(self.steps, device=pipe.device)
         return scheduler
 
@@ -347,6 +380,13 @@ def denoise(
     return x
 
 
+# %% ../../nbs/20_pipeline.ipynb #b81a0d98
+def require_promises(pipe: StableDiffusionPipeline) -> None:
+    "Raise `FadeError` unless every edit of the U-Net is in effect, or disabled, as it promises."
+    if edits := getattr(pipe.unet, "fade_edits", None):
+        edits.require_promises()
+
+
 # %% ../../nbs/20_pipeline.ipynb #3d1d4981
 def sample_latents(
     pipe: StableDiffusionPipeline,
@@ -359,6 +399,7 @@ def sample_latents(
     "Latents of one image for each prompt and seed."
     n = len(seeds)
     require(len(prompts) == n, f"{len(prompts)} prompts and {n} seeds: give one seed an image.")
+    require_promises(pipe)
     sampler = sampler or sampler_for(pipe)
     embeds, null, latents = encode_prompts(pipe, prompts), encode_prompts(pipe, [""]), []
     for start in tqdm(range(0, n, sampler.batch), desc=desc, unit="batch", leave=False):

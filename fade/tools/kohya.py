@@ -148,9 +148,9 @@ def inject_lora(
     alphas = {n: layer["alpha"].item() for n, layer in layers.items()}
     config = LoraConfig(target_modules=list(layers), rank_pattern=ranks, alpha_pattern=alphas)
     config.r, config.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    with injection(pipe.unet, name) as grads, torch.random.fork_rng():
+    with injection(pipe, name) as before, torch.random.fork_rng():
         pipe.unet.add_adapter(config, adapter_name=name)
-    mesh = Mesh(pipe, name, about, grads)
+        mesh = Mesh(pipe, name, before, about)
     for n, layer in layers.items():
         for half, kind in (("lora_A", "down"), ("lora_B", "up")):
             weight = getattr(mesh.layers[n], half)[name].weight

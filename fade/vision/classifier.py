@@ -35,6 +35,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from fade.core import (
     FadeError,
+    fingerprint,
     generator,
     in_batches,
     load_error,
@@ -42,6 +43,7 @@ from fade.core import (
     save_json,
     seed_all,
     seed_for,
+    tensors_fingerprint,
 )
 
 from ..concepts import concept_set, map_labels, prompt, templates
@@ -55,6 +57,7 @@ class ImageClassifier(Protocol):
 
     kind: str  # `trained`, `zero-shot` or `nudenet`; written into records
     source: str  # a folder or hub id
+    content: str  # a fingerprint of everything that determines its output
     names: list[str]  # the concepts, in the order of the columns
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -93,6 +96,8 @@ class Classifier:
         labels = load_labels(model.config.id2label, concepts)
         self.names = list(dict.fromkeys(labels))
         self.column = torch.tensor([self.names.index(o) for o in labels])  # of each class
+        state = tensors_fingerprint(self.model.state_dict())
+        self.content = fingerprint([state, self.preprocess, labels])
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -278,7 +283,9 @@ class ZeroShotClassifier:
         template: str = templates[0],  # a sentence with one `{}`
     ):
         self.phi, self.names, self.source = phi, list(names), phi.source
-        self.text = phi.texts([prompt(n, template) for n in names])
+        prompts = [prompt(n, template) for n in names]
+        self.text = phi.texts(prompts)
+        self.content = fingerprint([phi.content, self.names, phi.tokenizer(prompts).input_ids])
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         "The probability of each concept, `(n,len(names))`, on the CPU."
@@ -300,6 +307,7 @@ class NudeNet:
     "NudeNet as a classifier of nine exposed parts. Raises `FadeError` when it is not installed."
 
     kind, source = "nudenet", "nudenet"
+    content = "nudenet"  # its weights come with its version, which is in `versions`
     names = [f"{part}_EXPOSED" for part in parts]
 
     def __init__(self):

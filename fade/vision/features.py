@@ -18,7 +18,14 @@ from safetensors import SafetensorError
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import cached_file
 
-from ..core import FadeError, in_batches, load_error, load_json
+from fade.core import (
+    FadeError,
+    fingerprint,
+    in_batches,
+    load_error,
+    load_json,
+    tensors_fingerprint,
+)
 
 
 # %% ../../nbs/10_features.ipynb #3109deef
@@ -93,6 +100,8 @@ class Phi:
             raise load_error(e, source, otherwise) from e
         self.model = model.to(device).eval().requires_grad_(False)
         self.preprocess = preprocessing(source)
+        # tells it from another model, whatever the name of its folder
+        self.content = fingerprint([tensors_fingerprint(self.model.state_dict()), self.preprocess])
 
     @property
     def dim(self) -> int:
