@@ -250,8 +250,8 @@ def train_edit(
     every: float = 60.0,  # seconds between checkpoints
     desc: str = "training",  # on the progress bar
 ) -> list[dict]:  # the loss terms of every step
-    """Train an edit. Raises `FadeError` at a loss that is not finite; then the edit is detached,
-    and the last good checkpoint stays."""
+    """Train an edit. Raises `FadeError` at a loss that is not finite and for a weight without
+    gradient; then the edit is detached, and the last good checkpoint stays."""
     checkpoint = Path(folder) / "checkpoint.safetensors" if folder else ""
     options = dict(checkpoint=checkpoint, every=every, about=fingerprint(about), desc=desc)
     shape = (recipe.steps, recipe.lr, recipe.schedule, weight_decay, clip)

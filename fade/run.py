@@ -70,7 +70,7 @@ from fade.report import (
 )
 
 from .config import Resolved, RunConfig, resolve_config
-from .diffusion.adapters import dtype_name, model_fingerprint
+from .diffusion.adapters import dtype_name, model_fingerprint, require_same_model
 from .figures import save_figure
 from .images import ImageCache
 from .memory import sampler_that_fits
@@ -346,6 +346,10 @@ def run(config: RunConfig) -> dict:  # the record, as in `metrics.json`
             set_aside(done, f"{done} is no whole record of a run.")
         pipe = load_pipeline(config.model, config.device, config.dtype)
         sampler = sampler_that_fits(pipe, resolved.recipe.samples)
+        about: dict = {}
+        with suppress(FadeError):  # there is none yet, or it is damaged and set aside later
+            about = read_edit_metadata(edit_file(folder))
+        require_same_model(pipe, about, f"edit in {folder}")
         cache = ImageCache(pipe, sampler, config.template, seed=config.seed)
         if config.classifier:  # refused before anything is generated
             names = [c for c in resolved.concepts.names if c != resolved.target]

@@ -158,7 +158,8 @@ def unet_probe(pipe: StableDiffusionPipeline) -> torch.Tensor:  # `(1,4,h,w)`
     x, c = (v.to(pipe.device, unet.dtype) for v in (x, c))
     note_probe_forwards(pipe, 1)
     with eager():
-        return unet(x, 500, encoder_hidden_states=c, return_dict=False)[0].float().cpu()
+        eps = unet(x, 500, encoder_hidden_states=c, return_dict=False)[0]
+    return eps if eps.is_meta else eps.float().cpu()
 
 
 def parts_that_run(pipe: StableDiffusionPipeline, parts: list[nn.Module]) -> int:
@@ -202,8 +203,8 @@ class ModelState:
     def difference(self, pipe: StableDiffusionPipeline) -> str:
         "What is not as it was, beside weights of other edits; empty for nothing."
         now = ModelState(pipe)
-        if now.kind != self.kind:
-            return ""  # converted weights have other bits
+        if now.kind != self.kind or now.probe.is_meta:
+            return ""  # converted weights have other bits, and those of a meta device none
         edited = self.replaced | now.replaced
         known = [n for n in self.weights.keys() & now.weights.keys() if n not in edited]
         changed = sorted(n for n in known if self.weights[n] != now.weights[n])
