@@ -4,6 +4,7 @@ A row of `refusals` is a command line and words of its one sentence. What takes 
 line is a function with `@fault`, which gets a `Place`.
 """
 
+import json
 import shutil
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fade.cli import main
 from fade.config import RunConfig
-from fade.core import FadeError, data_path, load_json, save_json
+from fade.core import FadeError, data_path, load_json
 from fade.diffusion.adapters import lora_layers
 from fade.diffusion.identity import identify, pipeline_probe
 from fade.diffusion.pipeline import (
@@ -35,6 +36,7 @@ from fade.run import run
 from fade.trainer import erase
 from fade.weights import WeightEdit
 
+neighborhood = ["neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2"]
 few = ["crimson daisy", "golden daisy", "hooded owl", "azure finch"]
 checks = []
 
@@ -110,9 +112,8 @@ def test_refused(place, kind, words, sentence):
 
 def with_config(path, key, value):
     "Change one entry of a JSON file."
-    config = load_json(path)
-    config[key] = value
-    save_json(path, config)
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, key: value}))
 
 
 def names_of(changes):
@@ -210,8 +211,7 @@ def what_moves_no_image_keeps_the_key(place):
 @fault("remembered images")
 def the_cache_is_not_poisoned(place):
     def similarities(*words):
-        command = ["neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2", *words]
-        assert main(command) == 0
+        assert main([*neighborhood, *words]) == 0
         lines = place.capsys.readouterr().out.splitlines()
         return [line for line in lines if line.strip()[:1].isdigit()]
 
@@ -221,6 +221,14 @@ def the_cache_is_not_poisoned(place):
     noise = similarities("--model", str(model))
     with_config(config, "prediction_type", "epsilon")
     assert similarities("--model", str(model)) == similarities() != noise
+
+
+@fault("traceback")
+def a_scheduler_that_cannot_be_set_up(place):
+    model = place.model()
+    for value in (None, "lots"):
+        with_config(model / "scheduler" / "scheduler_config.json", "lambda_min_clipped", value)
+        place.refuses("correct its scheduler_config.json", *neighborhood, "--model", model)
 
 
 @fault("remembered images")
@@ -331,27 +339,23 @@ def another_unet_in_the_pipeline(place):
 @fault("prompts")
 def a_template_beyond_the_limit(place):
     template = " ".join(["a very detailed photograph of the sea"] * 9)
-    place.refuses(
-        "shorten the concept",
-        *("neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2"),
-        *("--template", template + " {}"),
-    )
+    place.refuses("shorten the concept", *neighborhood, "--template", template + " {}")
 
 
 @fault("prompts")
 def a_free_prompt_beyond_the_limit(place):
     command = ["generate", str(place.run()), "--n", "1", "--prompt", "daisy " * 60 + "and an owl"]
     assert main(command) == 0
-    assert "Only the first 24 tokens" in place.capsys.readouterr().out
+    assert "Only the first 32 tokens" in place.capsys.readouterr().out
 
 
 @fault("prompts")
 def names_that_the_tokenizer_does_not_know(place):
-    place.write("few.txt", "crimson daisy", "quokka", "wombat", "hooded owl")
-    place.refuses(
-        "reads 'quokka' and 'wombat' as the same",
-        *("neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2"),
-    )
+    with patch("fade.neighborhood.token_ids", lambda pipe, text: [0, "owl" in text, 1]):
+        place.refuses(
+            "reads 'crimson daisy' and 'golden daisy' as the same tokens",
+            *neighborhood,
+        )
 
 
 @fault("prompts")

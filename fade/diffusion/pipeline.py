@@ -315,8 +315,15 @@ class Sampler:
             isinstance(found, type) and issubclass(found, SchedulerMixin),
             f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
         )
-        scheduler = found.from_config(pipe.scheduler.config)
-        scheduler.set_timesteps(self.steps, device=pipe.device)
+        try:
+            scheduler = found.from_config(pipe.scheduler.config)
+            scheduler.set_timesteps(self.steps, device=pipe.device)
+        except Exception as e:  # every scheduler has limits and defects of its own
+            raise FadeError(
+                f"{found.__name__} cannot make {self.steps} steps of this model "
+                f"({str(e).splitlines()[0]}): correct its scheduler_config.json, or choose "
+                "another scheduler or number of steps."
+            ) from e
         return scheduler
 
 
