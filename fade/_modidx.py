@@ -779,6 +779,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'fade.weights.WeightEdit.norm': ('weights.html#weightedit.norm', 'fade/weights.py'),
                               'fade.weights.WeightEdit.params': ('weights.html#weightedit.params', 'fade/weights.py'),
                               'fade.weights.WeightEdit.save': ('weights.html#weightedit.save', 'fade/weights.py'),
+                              'fade.weights.WeightEdit.scaled': ('weights.html#weightedit.scaled', 'fade/weights.py'),
                               'fade.weights.WeightEdit.set_scale': ('weights.html#weightedit.set_scale', 'fade/weights.py'),
                               'fade.weights.WeightEdit.set_weights': ('weights.html#weightedit.set_weights', 'fade/weights.py'),
                               'fade.weights.load_weight_edit': ('weights.html#load_weight_edit', 'fade/weights.py'),

@@ -468,7 +468,7 @@ def read_header(
         raise FadeError(f"The header of {path} is damaged ({e}): download it again.") from e
 
 
-# %% ../nbs/40_mesh.ipynb #786de0d0
+# %% ../nbs/40_mesh.ipynb #b5e77ac1
 # settings of PEFT that are read, and those that change nothing after training
 settings_read = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 settings_read |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
@@ -476,6 +476,7 @@ settings_of_training = {"peft_type", "task_type", "auto_mapping", "peft_version"
 settings_of_training |= {"base_model_name_or_path", "inference_mode", "lora_dropout"}
 
 
+# %% ../nbs/40_mesh.ipynb #786de0d0
 def lora_config(
     settings: dict[str, Any],  # from `read_header`
     path: Path,  # named in errors
@@ -490,7 +491,13 @@ def lora_config(
             f"The file {path} was made with {key}={value!r}, {merge_it}.",
         )
     settings = {k: v for k, v in settings.items() if k in settings_read and v is not None}
-    return LoraConfig(**settings) if settings else None
+    try:
+        config = LoraConfig(**settings)
+        for pattern in (config.rank_pattern, config.alpha_pattern):
+            get_pattern_key(dict(pattern), "")
+    except (TypeError, ValueError, re.error) as e:
+        raise FadeError(f"The header of {path} is damaged ({e}): download it again.") from e
+    return config if settings else None
 
 
 # %% ../nbs/40_mesh.ipynb #cadb7b9f
@@ -537,10 +544,10 @@ def read_lora(
         try:
             lora[n] = parts["A"], parts["B"], float(alpha)
         except (TypeError, ValueError, RuntimeError):
-            alpha = "no number"
+            lora[n] = parts["A"], parts["B"], math.nan
         require(
-            n in lora and math.isfinite(lora[n][2]),
-            f"The alpha of '{n}' in {path} is {alpha}: it is not whole, download it again.",
+            math.isfinite(lora[n][2]),
+            f"The alpha of '{n}' in {path} is no finite number: download it again.",
         )
     return lora
 

@@ -277,7 +277,8 @@ def read_edit_metadata(path: str | Path) -> dict:
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
         ours = json.loads(header.get("about") or "null")
-        return ours or json.loads(header.get("lora_adapter_metadata") or "{}").get("fade") or {}
+        lora = json.loads(header.get("lora_adapter_metadata") or "{}")
+        return dict(ours or lora.get("fade") or {})
     except Exception as e:
         raise FadeError(
             f"Cannot read {path} as a mesh or an edit ({e}): give a .safetensors file."
@@ -302,5 +303,5 @@ def load_edit(
     if name:
         return get_method(name).load(pipe, path)
     with safe_open(path, "pt") as f:
-        lora = any("lora" in k for k in f.keys())
-    return (load_mesh if lora else load_weight_edit)(pipe, path)
+        weights = "about" in (f.metadata() or {})  # as `WeightEdit.save` writes it
+    return (load_weight_edit if weights else load_mesh)(pipe, path)

@@ -4,14 +4,25 @@ A row of `refusals` is a command line and words of its one sentence. What takes 
 line is a function with `@fault`, which gets a `Place`.
 """
 
+import json
 import shutil
+from functools import cache
 
 import pytest
+import torch
 from conftest import error_of
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 
+from fade.baselines.receler import Erasers, load_erasers
 from fade.config import RunConfig
-from fade.core import data_path
+from fade.core import FadeError, data_path, generator
+from fade.diffusion.pipeline import encode_prompts, load_pipeline, predict_noise
+from fade.mesh import attach, load_mesh, lora_targets
+from fade.method import load_edit
 from fade.run import run
+from fade.tools.kohya import load_kohya, save_kohya
+from fade.weights import WeightEdit, load_weight_edit
 
 few = ["crimson daisy", "golden daisy", "hooded owl", "azure finch"]
 checks = []
@@ -86,6 +97,316 @@ def test_refused(place, kind, words, sentence):
 
 
 # --- files that are read; names and lists ---
+
+
+@cache
+def shipped():
+    "The miniature, which a check leaves as it was."
+    return load_pipeline()
+
+
+@torch.no_grad()
+def predicted(pipe):
+    x = torch.randn(1, 4, 16, 16, generator=generator("faults"))
+    return predict_noise(pipe, x, 500, encode_prompts(pipe, ["a crimson daisy"]))
+
+
+def random_mesh(pipe, rank=4, alpha=2.0):
+    mesh = attach(pipe, rank, alpha, ("attn1.to_q", "attn2.to_k", "proj_in"))
+    g = generator("random mesh")
+    for p in mesh.params.values():
+        p.data = 0.05 * torch.randn(p.shape, generator=g)
+    return mesh
+
+
+def layer_changes(pipe):
+    "ΔW of every layer with LoRA, whatever its adapter is called."
+    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)}
+    return {n: m.get_delta_weight(next(iter(m.lora_A))) for n, m in layers.items()}
+
+
+def differ(a, b):
+    "Whether ΔW differs anywhere by more than rounding."
+    assert a.keys() == b.keys()
+    return any(not torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-7) for n in a)
+
+
+def kohya_tensors(pipe, ending=("attn2.to_k", "attn2.to_out.0", "proj_in"), rank=4):
+    "A LoRA in kohya's format, with another alpha in every layer; and the ΔW that it means."
+    tensors, changes, g = {}, {}, generator("kohya tensors")
+    layers = [(n, m) for n, m in lora_targets(pipe.unet).items() if n.endswith(ending)]
+    for i, (n, m) in enumerate(layers, 1):
+        shape, one = m.weight.shape, (1,) * (m.weight.ndim - 2)
+        A = torch.randn(rank, shape[1], *one, generator=g) * 0.1
+        B = torch.randn(shape[0], rank, *one, generator=g) * 0.1
+        key = "lora_unet_" + n.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B}
+        tensors[f"{key}.alpha"] = torch.tensor(float(i))
+        changes[n] = (i / rank * B.flatten(1) @ A.flatten(1)).view(shape)
+    return tensors, changes
+
+
+@fault("half a file")
+def every_other_kind_is_named(place):
+    pipe, before = shipped(), predicted(shipped())
+    tensors, _ = kohya_tensors(pipe)
+    name = next(iter(tensors)).partition(".")[0]
+    keys = {f"{name}.{key}": kind for key, kind in other_parts.items()} | other_keys
+    for key, kind in keys.items():
+        save_file({**tensors, key: torch.ones(2, 2)}, "other.safetensors")
+        save_file({key: torch.ones(2, 2)}, "alone.safetensors")
+        for file in ("other.safetensors", "alone.safetensors"):
+            for load in (load_mesh, load_kohya, load_edit):
+                with pytest.raises(FadeError, match=kind) as e:
+                    load(pipe, file)
+                assert file in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert torch.equal(predicted(pipe), before)
+
+
+other_parts = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w1_a": "LoHa",
+    "hada_t1": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w2_b": "LoKr",
+    "oft_blocks": "OFT",
+    "on_input": "IA3",
+    "a1.weight": "GLoRA",
+    "bm2.weight": "GLoRA",
+    "lora_mid.weight": "LoCon",
+    "diff": "full weights",
+    "diff_b": "full weights",
+    "w_norm": "full weights",
+    "lora_up.bias": "bias",
+    "scalar": "no part of a mesh",
+}
+other_keys = {
+    "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": "DoRA",
+    "unet.mid_block.attentions.0.proj_in.lora_B.bias": "bias",
+    "base_model.model.mid_block.attentions.0.proj_in.lora_A.weight": "PEFT",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "text encoder",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "text encoder",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": "several text encoders",
+    "transformer.blocks.0.attn.to_q.lora_A.weight": "transformer",
+    "lora_transformer_single_blocks_0_attn_to_q.lora_down.weight": "transformer",
+    "unet.mid_block.attentions.0.proj_in.lora_embedding_A": "PEFT",
+    "emb_params": "textual inversion",
+    "mid_block.attentions.0.proj_in.weight": "no part of a mesh",
+}
+
+
+def old_name(key, processors):
+    "The name of a tensor in files of earlier versions of diffusers."
+    key = key.removeprefix("unet.").replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+    if processors and ".attn2." in key:
+        key = key.replace("attn2.", "attn2.processor.").replace("to_out.0", "to_out")
+        key = key.replace(".lora.", "_lora.")
+    return key
+
+
+@fault("half a file")
+def every_format_has_the_change_that_its_tensors_mean(place):
+    pipe, (tensors, wanted) = shipped(), kohya_tensors(shipped())
+    save_file(tensors, "kohya.safetensors")
+    mesh = load_mesh(pipe, "kohya.safetensors")
+    mesh.save("ours.safetensors")  # alphas differ: a pattern in the header
+    save_kohya(mesh, "again.safetensors")
+    mesh.detach()
+    plain = load_file("ours.safetensors")  # no header: alpha is the rank
+    for n in wanted:
+        plain[f"unet.{n}.lora_B.weight"] *= tensors[f"lora_unet_{n.replace('.', '_')}.alpha"] / 4
+    save_file(plain, "plain.safetensors")
+    for file, prefix, attention in (("old", "unet.", 0), ("raw", "", 0), ("processors", "", 1)):
+        renamed = {prefix + old_name(k, attention): v for k, v in plain.items()}
+        save_file(renamed, f"{file}.safetensors")
+    for file in ("kohya", "ours", "again", "plain", "old", "raw", "processors"):
+        mesh = load_mesh(pipe, f"{file}.safetensors")
+        assert not differ(layer_changes(pipe), wanted), file
+        mesh.detach()
+    for file in ("ours", "plain", "old"):  # what plain diffusers reads whole
+        pipe.load_lora_weights(".", weight_name=f"{file}.safetensors")
+        assert not differ(layer_changes(pipe), wanted), file
+        pipe.unload_lora_weights()
+
+
+def save_lora(file, pipe, rank=4, **header):
+    "A diffusers LoRA with this header, and the ΔW of its tensors at scale 1."
+    tensors, changes, g = {}, {}, generator("diffusers LoRA")
+    for n, m in lora_targets(pipe.unet).items():
+        if n.endswith(("to_k", "1.to_q")):
+            A, B = torch.randn(rank, m.in_features, generator=g), torch.randn(len(m.weight), rank)
+            tensors |= {f"unet.{n}.lora_A.weight": A, f"unet.{n}.lora_B.weight": B}
+            changes[n] = B @ A
+    header = {f"unet.{k}": v for k, v in header.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(header)} if header else None
+    save_file(tensors, file, metadata=metadata)
+    return changes
+
+
+both = dict(r=4, lora_alpha=2, target_modules=["to_k", "attn1.to_q"])
+one_third = {"attn2.to_k": 6}
+scales = {  # header, and the scale that it means for the first and the second attention
+    "no header": ({}, 1.0, 1.0),
+    "rslora": (both | dict(use_rslora=True), 1.0, 1.0),
+    "pattern": (both | dict(alpha_pattern=one_third), 0.5, 1.5),
+    "both": (both | dict(use_rslora=True, alpha_pattern=one_third), 1.0, 3.0),
+    "negative": (both | dict(lora_alpha=-4, lora_dropout=0.1), -1.0, -1.0),
+}
+
+
+@fault("half a file")
+def the_header_gives_the_scale(place):
+    pipe = shipped()
+    for name, (header, first, second) in scales.items():
+        changes = save_lora("a.safetensors", pipe, **header)
+        wanted = {n: (second if "attn2" in n else first) * w for n, w in changes.items()}
+        load_mesh(pipe, "a.safetensors").save("b.safetensors")
+        pipe.unet.unload_lora()
+        for file in ("a.safetensors", "b.safetensors"):
+            mesh = load_mesh(pipe, file)
+            assert not differ(layer_changes(pipe), wanted), (name, file)
+            save_kohya(mesh, "c.safetensors")
+            mesh.detach()
+            pipe.load_lora_weights(".", weight_name=file)
+            assert not differ(layer_changes(pipe), wanted), (name, file, "plain")
+            pipe.unload_lora_weights()
+        mesh = load_kohya(pipe, "c.safetensors")
+        assert not differ(layer_changes(pipe), wanted), (name, "kohya")
+        mesh.detach()
+
+
+@fault("half a file")
+def a_header_that_is_not_read_is_named(place):
+    pipe, before = shipped(), predicted(shipped())
+    for header, words in (
+        (dict(use_dora=True), "use_dora"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(bias="all"), "bias='all'"),
+        (dict(init_lora_weights="pissa"), "pissa"),
+        (dict(modules_to_save=["conv_in"]), "modules_to_save"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+        (dict(use_qalora=True), "use_qalora"),
+        (dict(setting_of_tomorrow=1), "setting_of_tomorrow"),
+        (dict(lora_alpha="much"), "alpha of"),
+        (dict(lora_alpha=float("nan")), "alpha of"),
+        (dict(alpha_pattern={"to_k": []}), "alpha of"),
+        (dict(alpha_pattern={"(": 1}), "damaged"),
+        (dict(alpha_pattern=[3]), "damaged"),
+        (dict(r=5), "gives rank 5"),
+        (dict(rank_pattern={"to_k": 2}), "gives rank 2"),
+        (dict(target_modules=["to_k"]), "other layers"),
+        (dict(target_modules=["to_k", "to_q", "to_v"]), "other layers"),
+        (dict(target_modules=None), "damaged"),
+    ):
+        save_lora("a.safetensors", pipe, **(both | header))
+        with pytest.raises(FadeError, match=words):
+            load_mesh(pipe, "a.safetensors")
+    for header in ("[1]", "{", '{"fade": 3}', '{"fade": [1]}', "null", '"r"'):
+        tensors = load_file("a.safetensors")
+        save_file(tensors, "b.safetensors", metadata={"lora_adapter_metadata": header})
+        if header != "null":  # as none
+            with pytest.raises(FadeError, match="damaged|Cannot read"):
+                load_edit(pipe, "b.safetensors")
+    assert torch.equal(predicted(pipe), before)
+
+
+@fault("half a file")
+def broken_tensors_are_refused(place):
+    pipe, (tensors, _) = shipped(), kohya_tensors(shipped())
+    up, down, alpha = (
+        next(k for k in tensors if e in k) for e in ("lora_up", "lora_down", "alpha")
+    )
+    tail = up.removeprefix("lora_unet_")
+    for change, words in (
+        ({up: None}, "one half|no lora_up"),
+        ({up: tensors[up] * float("inf")}, "not finite"),
+        ({up: tensors[up].to(torch.int8)}, "no part|another model"),
+        ({up: torch.zeros(0, 4), down: torch.zeros(4, 0)}, "another model"),
+        ({up: tensors[up][:, :0], down: tensors[down][:0]}, "another model"),
+        ({up: torch.tensor(1.0)}, "another model|do not fit"),
+        ({alpha: torch.ones(2)}, "alpha"),
+        ({alpha: torch.tensor(float("nan"))}, "alpha"),
+        ({f"unet.{tail.replace('.lora_up', '_lora.up')}": tensors[up].clone()}, "no part"),
+        (
+            {up.replace("_down_blocks_1", "_input_blocks_4"): tensors[up].clone()},
+            "half|no lora_down",
+        ),
+    ):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file({k: v.contiguous() for k, v in changed.items()}, "a.safetensors")
+        for load in (load_mesh, load_kohya):
+            with pytest.raises(FadeError, match=words):
+                load(pipe, "a.safetensors")
+    save_file({}, "a.safetensors")
+    with pytest.raises(FadeError, match="no LoRA layers"):
+        load_mesh(pipe, "a.safetensors")
+
+
+@fault("half a file")
+def a_saved_strength_is_the_one_that_was_seen(place):
+    pipe, original = shipped(), predicted(shipped())
+    for strength in (0.5, -1.0, 0.0):
+        mesh = random_mesh(pipe, rank=3).set_scale(strength)
+        seen = predicted(pipe)
+        mesh.save("mesh.safetensors")
+        save_kohya(mesh, "kohya.safetensors")
+        mesh.detach()
+        for load, file in ((load_mesh, "mesh"), (load_kohya, "kohya"), (load_mesh, "kohya")):
+            mesh = load(pipe, f"{file}.safetensors")
+            assert torch.allclose(predicted(pipe), seen, atol=1e-6), (strength, file)
+            mesh.detach()
+        pipe.load_lora_weights(".", weight_name="mesh.safetensors")
+        assert torch.allclose(predicted(pipe), seen, atol=1e-6), (strength, "plain diffusers")
+        pipe.unload_lora_weights()
+    assert torch.equal(predicted(pipe), original)
+
+
+@fault("half a file")
+def a_strength_set_by_diffusers_is_saved_too(place):
+    pipe, mesh = shipped(), random_mesh(shipped())
+    pipe.set_adapters("fade", {"unet": {"down": 0.25, "mid": 0.5, "up": 2.0}})
+    seen = predicted(pipe)
+    mesh.save("mesh.safetensors")
+    mesh.detach()
+    mesh = load_mesh(pipe, "mesh.safetensors")
+    assert torch.allclose(predicted(pipe), seen, atol=1e-6)
+    mesh.set_scale(0.5).save("half.safetensors")  # of a mesh that was read
+    seen = predicted(pipe)
+    mesh.detach()
+    mesh = load_mesh(pipe, "half.safetensors")
+    assert torch.allclose(predicted(pipe), seen, atol=1e-6)
+    mesh.detach()
+    with pytest.raises(FadeError, match="detached"):
+        mesh.save("again.safetensors")
+
+
+@fault("half a file")
+def the_strength_of_other_edits_is_saved(place):
+    pipe, original = shipped(), predicted(shipped())
+    edit = WeightEdit(pipe, "attn2.to_k")
+    for p in edit.params.values():
+        p.data += 0.05
+    for strength in (0.5, 2.0):
+        edit.set_scale(strength).save("edit.safetensors", method="uce")
+        seen = predicted(pipe)
+        edit.detach()
+        for load in (load_weight_edit, load_edit):
+            edit = load(pipe, "edit.safetensors")
+            assert torch.equal(predicted(pipe), seen)
+            edit.detach()
+        edit = load_weight_edit(pipe, "edit.safetensors")
+    edit.detach()
+    edit = Erasers(pipe, 8)
+    for p in edit.params.values():
+        p.data += 0.05
+    edit.set_scale(0.5).save("edit.safetensors")
+    seen = predicted(pipe)
+    edit.detach()
+    edit = load_erasers(pipe, "edit.safetensors")
+    assert torch.equal(predicted(pipe), seen) and edit.strength == 0.5
+    edit.detach()
+    assert torch.equal(predicted(pipe), original)
 
 
 # --- records, settings, numbers, figures; sharing ---

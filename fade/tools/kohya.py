@@ -80,7 +80,7 @@ def group_by_layer(
     for key, tensor in tensors.items():
         name, _, suffix = key.partition(".")
         require(
-            name.startswith("lora_unet_") and suffix in kinds,
+            name.startswith("lora_unet_") and suffix in kinds and tensor.is_floating_point(),
             f"The file {path} contains '{key}', which is no part of a mesh: give a file with "
             "lora_unet_….lora_down.weight, lora_up.weight and alpha only.",
         )
