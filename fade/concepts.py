@@ -141,7 +141,7 @@ def name_key(name: str) -> str:
     key = re.sub(r"^(an?|the)[\s_]+(?=\w)", "", key.strip())
     key = "".join(" " if c == "_" or unicodedata.category(c) == "Pd" else c for c in key)
     key = re.sub(r"(?<=[^\W\d])\.(?!\d)", "", key)  # St. Bernard, but not 1.5
-    return " ".join(key.split()) or name
+    return " ".join(key.split()) or re.sub(rf"\s|{invisible}", "", name)
 
 
 # %% ../nbs/01_concepts.ipynb #dcf96d9a

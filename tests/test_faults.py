@@ -6,7 +6,9 @@ line is a function with `@fault`, which gets a `Place`.
 
 import json
 import shutil
+import unicodedata
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,22 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from fade.baselines.receler import Erasers, load_erasers
-from fade.config import RunConfig
+from fade.cli import default_out
+from fade.concepts import (
+    ConceptSet,
+    clean_name,
+    concept_set,
+    concept_sets,
+    find_target,
+    unrelated_concepts,
+)
+from fade.config import RunConfig, resolve_config
 from fade.core import FadeError, data_path, generator
-from fade.diffusion.pipeline import encode_prompts, load_pipeline, predict_noise
+from fade.diffusion.pipeline import Sampler, encode_prompts, load_pipeline, predict_noise
+from fade.images import ImageCache
 from fade.mesh import attach, load_mesh, lora_targets
 from fade.method import load_edit
+from fade.neighborhood import neighborhood
 from fade.run import run
 from fade.tools.kohya import load_kohya, save_kohya
 from fade.weights import WeightEdit, load_weight_edit
@@ -85,6 +98,11 @@ def place(tmp_path, monkeypatch, capsys, finished):
 
 refusals = [  # kind, command line, words of the sentence
     ("numbers", "evaluate nowhere --n 0", "choose 1 or more"),
+    (
+        "one concept, several spellings",
+        "erase crimson-daisy --candidates few.txt --k 3",
+        "there are 3 candidates",
+    ),
 ]
 
 
@@ -407,6 +425,169 @@ def the_strength_of_other_edits_is_saved(place):
     assert torch.equal(predicted(pipe), seen) and edit.strength == 0.5
     edit.detach()
     assert torch.equal(predicted(pipe), original)
+
+
+spellings = (
+    "Crimson Daisy",
+    "crimson-daisy",
+    "CRIMSON_DAISY",
+    " crimson   daisy ",
+    "the crimson daisy",
+    "'crimson daisy'",
+    "“Crimson daisy”",
+    "\ufeffcrimson\u200b dai\u00adsy",
+    "crimson\u00a0daisy",
+    "crimson\u2011daisy",  # a hyphen that does not break
+    "ｃｒｉｍｓｏｎ　ｄａｉｓｙ",
+)
+different = (
+    ("St. Bernard", "bernard"),
+    ("C", "C++"),
+    ("C#", "C"),
+    ("black bird", "blackbird"),
+    ("resume", "résumé"),
+    ("日本", "日"),
+    ("犬", "猫"),
+    ("ver 1.5", "ver 15"),
+    ("A", "An"),
+    ("daisy 1", "daisy 2"),
+    ("🦉", "🐶"),
+    ("-", "+"),
+)
+
+
+@fault("one concept, several spellings")
+def a_target_is_found_in_every_spelling(place):
+    for spelling in spellings:
+        target, concepts = find_target(spelling, "few.txt")
+        assert target == "crimson daisy", spelling
+        assert concepts.besides(spelling) == few[1:]
+        assert default_out("fade", spelling) == Path("runs/crimson-daisy")
+    pairs = (
+        ("Häher", unicodedata.normalize("NFD", "häher")),
+        ("l’owl", "L'Owl"),
+        ("Straße", "STRASSE"),
+    )
+    for here, there in pairs:
+        place.write("mine.txt", there, "jay")
+        assert find_target(here, "mine.txt")[0] == clean_name(there)
+        assert concept_set("mine.txt").besides(here) == ["jay"]
+
+
+@fault("one concept, several spellings")
+def different_concepts_stay_two(place):
+    for a, b in different:
+        place.write("mine.txt", a, b, "other")
+        assert len(concept_set("mine.txt").names) == 3, (a, b)
+        assert len({default_out("fade", a), default_out("fade", b)}) == 2
+
+
+@fault("one concept, several spellings")
+def a_target_is_never_its_own_neighbor(place):
+    names = [*few, "Golden Daisy", "GOLDEN-DAISY", "golden daisy", "Crimson-Daisy"]
+    place.write("case.txt", *names)
+    assert concept_set("case.txt").names == tuple(few)
+    mine = ConceptSet("mine", tuple(names))  # not read from a file
+    cache = ImageCache(shipped(), Sampler(2))
+    for candidates in ("case.txt", mine):
+        hood = neighborhood(cache, "CRIMSON DAISY", candidates, k=1, m=1)
+        assert sorted(hood.names) == sorted(few[1:]) and hood.target == "crimson daisy"
+    for given in ("Golden-daisy", "the golden daisy"):
+        config = RunConfig(target=given, candidates="case.txt", k=3, out="r")
+        with pytest.raises(FadeError, match="there are 3 candidates"):
+            resolve_config(config)
+
+
+lists = {  # file, content, and the names in it
+    "a.csv": ('name,count\n"blue jay",3\n# birds\ncardinal,4\n', "blue jay|cardinal"),
+    "b.csv": ("count;Name\n3;blue jay\n4;cardinal\n", "blue jay|cardinal"),
+    "c.csv": ('blue jay\n"cardinal, red"\n', "blue jay|cardinal, red"),
+    "d.tsv": ("id\tspecies\n1\tblue jay\n2\tcardinal\n", "blue jay|cardinal"),
+    "e.txt": ("name,count\nblue jay,3\n", "blue jay"),
+    "f.txt": ("# birds\n\n* blue jay\n* [ ] cardinal\n---\n", "blue jay|cardinal"),
+    "g.txt": ("1. blue jay\n2. cardinal\n", "blue jay|cardinal"),
+    "h.txt": ("1. FC Köln\nHamburger SV\n", "1. FC Köln|Hamburger SV"),
+    "i.txt": ("'blue jay',\n'cardinal',\n", "blue jay|cardinal"),
+    "j.txt": ('["blue jay", "cardinal"]', "blue jay|cardinal"),
+    "k.txt": ("['blue jay', 'cardinal',]", "blue jay|cardinal"),
+    "l.json": ('[\n\t"blue jay",\n\t"cardinal"\n]', "blue jay|cardinal"),
+    "m.yaml": ("# birds\n- blue jay # rare\n- cardinal\n", "blue jay|cardinal"),
+    "n.md": ("# Birds\n- **blue jay**\n- [cardinal](https://x.org)\n", "blue jay|cardinal"),
+    "o.txt": ("blue jay  # rare\nC#\n#1 dad\n", "blue jay|C#|#1 dad"),
+    "p.txt": ("n01530575-brambling\nn01531178-goldfinch\n", "brambling|goldfinch"),
+    "q.txt": ("001.Black_footed_Albatross\n002.Crow\n", "Black footed Albatross|Crow"),
+    "r.txt": ("blue jay\r\rcardinal\r", "blue jay|cardinal"),
+    "s.txt": ("AC/DC\nJack & Jill\n🦉 owl\n", "AC/DC|Jack & Jill|🦉 owl"),
+}
+no_lists = {  # file, content, and words of the sentence
+    "a.txt": ("blue jay\nowl, barn\n", "Line 2"),
+    "b.txt": ("blue jay\nowl\t3\n", "Line 2"),
+    "c.txt": ("| name | n |\n|---|---|\n", "Line 1"),
+    "d.txt": ("x\n1. blue jay\n2. cardinal\n", "Line 2"),
+    "e.txt": ("blue jay\n\n" + "word " * 40, "Line 3"),
+    "f.csv": ("jay,3\nowl,4\n", "Line 1"),
+    "g.csv": ("name,count\njay,3\nowl, barn,4\n", "Line 3"),
+    "h.csv": ("name,count\njay,3\n,4\n", "Line 3"),
+    "i.csv": ('name,count\n"jay,3\nowl,4\n', "Line 2"),
+    "j.json": ('{"names": ["jay"]}', "no list"),
+    "k.json": ('["jay", 3]', "Entry 2"),
+    "l.json": ('["jay",', "line 1"),
+    "m.yaml": ("- jay\n- no\n", "Entry 2"),
+    "n.yaml": ("- jay\n- {owl: 3}\n", "Entry 2"),
+    "o.txt": ('{"name": "jay"}\n{"name": "owl"}\n', "Line 1"),
+    "p.txt": ("{\\rtf1 jay}\n", "plain text"),
+    "q.txt": ("<!DOCTYPE html>\n<p>jay\n", "plain text"),
+    "r.txt": ("# only\n# comments\n", "is empty"),
+}
+
+
+@fault("a list is a list")
+def lists_are_read_in_the_forms_they_have(place):
+    for file, (content, names) in lists.items():
+        Path(file).write_bytes(content.encode())
+        assert "|".join(concept_set(file).names) == names, file
+
+
+@fault("a list is a list")
+def what_is_no_list_of_names_is_refused(place):
+    (place.folder / "bad").mkdir()
+    for file, (content, words) in no_lists.items():
+        path = Path("bad", file)
+        path.write_bytes(content.encode())
+        with pytest.raises(FadeError, match=words) as e:
+            concept_set(path)
+        assert file in str(e.value) and len(str(e.value).splitlines()) == 1
+    for content in ("jay\nowl\n".encode("utf-16"), b"PK\3\4\0\0", "Häher".encode("latin-1")):
+        Path("bad.txt").write_bytes(content)
+        place.refuses("not plain text in UTF-8", "concepts", "bad.txt")
+    place.refuses("There is no concept set", "concepts", "./bad")
+
+
+@fault("two things with one name")
+def a_list_is_never_a_set_that_ships(place):
+    garden = concept_set("garden")
+    place.write("garden.txt", *few)
+    place.write("garden", *few)
+    place.write("kennel", *few[:2], "azure finch", "hooded owl")
+    assert concept_set("garden") == garden
+    for mine in ("./garden", "garden.txt", Path("garden"), Path("garden.txt").resolve()):
+        cs = find_target("crimson daisy", mine)[1]
+        assert cs.names == tuple(few) and cs.name not in concept_sets()
+        assert not cs.attributes and not cs.superclass and not unrelated_concepts(cs.name)
+        config = RunConfig(target="crimson daisy", candidates=mine, k=2, out="r")
+        assert resolve_config(config).concepts == cs
+
+
+@fault("two things with one name")
+def two_lists_with_one_file_name_are_two(place):
+    Path("l").mkdir()
+    place.write("l/few.txt", *few[:1], "ivory spitz", "golden shepherd", "violet lily")
+    place.write("l/same.txt", "# the same", *few)
+    one, other = concept_set("few.txt").name, concept_set("l/few.txt").name
+    assert one != other and one.startswith("few-") and other.startswith("few-")
+    assert concept_set("l/same.txt").name[-8:] == one[-8:]
+    name = Path("few.txt").rename("l/moved.txt")
+    assert concept_set(name).names == tuple(few)
 
 
 # --- records, settings, numbers, figures; sharing ---
