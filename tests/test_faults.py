@@ -9,10 +9,13 @@ import shutil
 import unicodedata
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from conftest import error_of
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -27,8 +30,14 @@ from fade.concepts import (
     unrelated_concepts,
 )
 from fade.config import RunConfig, resolve_config
-from fade.core import FadeError, data_path, generator
-from fade.diffusion.pipeline import Sampler, encode_prompts, load_pipeline, predict_noise
+from fade.core import FadeError, data_path, generator, load_error
+from fade.diffusion.pipeline import (
+    Sampler,
+    encode_prompts,
+    load_pipeline,
+    predict_noise,
+    require_supported,
+)
 from fade.images import ImageCache
 from fade.mesh import attach, load_mesh, lora_targets
 from fade.method import load_edit
@@ -588,6 +597,233 @@ def two_lists_with_one_file_name_are_two(place):
     assert concept_set("l/same.txt").name[-8:] == one[-8:]
     name = Path("few.txt").rename("l/moved.txt")
     assert concept_set(name).names == tuple(few)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(path, drop=0, **changes):
+    "Replace tensors of a file, or leave the first ones out."
+    tensors = {k: v for k, v in sorted(load_file(path).items())[drop:]}
+    changes = {k: v(tensors[k]) if callable(v) else v for k, v in changes.items()}
+    save_file(tensors | changes, path, metadata={"format": "pt"})
+
+
+def to_variant(path, variant="fp16"):
+    return path.rename(path.with_suffix(f".{variant}.safetensors"))
+
+
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+
+
+@fault("one sentence for every reason")
+def variants_of_the_weights_load(place):
+    wanted = predicted(shipped())
+    for i, parts in enumerate(((UNET, VAE, TEXT), (UNET,), (TEXT,))):
+        model = place.model(f"v{i}")
+        for part in parts:
+            to_variant(model / part)
+        assert torch.equal(predicted(load_pipeline(model)), wanted)
+    model = place.model()  # full beside half precision, EMA and pickles: the usual weights are read
+    for name in ("fp16.safetensors", "non_ema.safetensors", "bin"):
+        shutil.copy(model / VAE, (model / UNET).with_suffix(f".{name}"))
+    assert torch.equal(predicted(load_pipeline(model)), wanted)
+    to_variant(model / UNET, "bf16")
+    (model / UNET).with_suffix(".fp16.safetensors").unlink()
+    (model / UNET).with_suffix(".non_ema.safetensors").unlink()
+    assert torch.equal(predicted(load_pipeline(model)), wanted)
+
+
+def nine_channels(m):
+    edit_json(m / "unet/config.json", in_channels=9)
+    wider = {"conv_in.weight": lambda v: torch.cat([v, torch.zeros(len(v), 5, 3, 3)], 1)}
+    edit_weights(m / UNET, **wider)
+
+
+def guidance_embedding(m):
+    edit_json(m / "unet/config.json", time_cond_proj_dim=8)
+    edit_weights(m / UNET, **{"time_embedding.cond_proj.weight": torch.zeros(64, 8)})
+
+
+def other_vocabulary(m):
+    tokenizer = json.loads((m / "tokenizer/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {f"{word}</w>": len(vocab) + i for i, word in enumerate("abcdefgh")}
+    edit_json(m / "tokenizer/tokenizer.json", model=tokenizer["model"])
+    ids = {"<|startoftext|>": 700, "<|endoftext|>": 701}
+    added = [t | {"id": ids[t["content"]]} for t in tokenizer["added_tokens"]]
+    edit_json(m / "tokenizer/tokenizer.json", added_tokens=added)
+
+
+def split_words(m):
+    tokenizer = json.loads((m / "tokenizer/tokenizer.json").read_text())
+    edit_json(m / "tokenizer/tokenizer.json", model=tokenizer["model"] | {"merges": []})
+
+
+def cut(file):
+    return lambda m: (m / file).write_bytes((m / file).read_bytes()[: 1 << 15])
+
+
+def index(**changes):
+    return lambda m: edit_json(m / "model_index.json", **changes)
+
+
+def unet(**changes):
+    return lambda m: edit_json(m / "unet/config.json", **changes)
+
+
+def scheduler(**changes):
+    return lambda m: edit_json(m / "scheduler/scheduler_config.json", **changes)
+
+
+broken_models = {  # words of the sentence, and what happens to the model's folder
+    "has no vae": lambda m: shutil.rmtree(m / "vae"),
+    "has no tokenizer": lambda m: shutil.rmtree(m / "tokenizer"),
+    "has no scheduler": lambda m: shutil.rmtree(m / "scheduler"),
+    "no model_index.json": lambda m: (m / "model_index.json").unlink(),
+    "unet.diffusion_pytorch_model.safetensors is damaged": cut(UNET),
+    "text_encoder.model.safetensors is damaged": cut(TEXT),
+    "Git LFS": lambda m: (m / VAE).write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "unet.config.json is no valid JSON": lambda m: (m / "unet/config.json").write_text("{"),
+    "tokenizer.json is no valid JSON": lambda m: (m / "tokenizer/tokenizer.json").write_text("{"),
+    "model_index.json as JSON": lambda m: (m / "model_index.json").write_text("{"),
+    "no configuration": lambda m: (m / "model_index.json").write_text("[1]"),
+    "no weights as .safetensors": lambda m: (m / TEXT).rename((m / TEXT).with_suffix(".bin")),
+    "weights of m.unet do not fit": lambda m: edit_weights(m / UNET, drop=2),
+    "weights of m.vae do not fit": lambda m: edit_weights(m / VAE, extra=torch.ones(2)),
+    "weights of m.text_encoder do not fit": lambda m: edit_weights(m / TEXT, drop=1),
+    "Cannot load m as": lambda m: edit_weights(m / VAE, **{"decoder.conv_in.bias": torch.ones(3)}),
+    "is a StableDiffusionXLPipeline": index(_class_name="StableDiffusionXLPipeline"),
+    "is a StableDiffusion3Pipeline": index(_class_name="StableDiffusion3Pipeline"),
+    "is a FluxPipeline": index(_class_name="FluxPipeline", unet=None),
+    "is a StableDiffusionInpaintPipeline": index(_class_name="StableDiffusionInpaintPipeline"),
+    "has T5EncoderModel as its text_encoder": index(
+        text_encoder=["transformers", "T5EncoderModel"]
+    ),
+    "has nothing as its unet": index(unet=[None, None]),
+    "has AutoencoderDC as its vae": index(vae=["diffusers", "AutoencoderDC"]),
+    "has no tokenizer:": index(tokenizer=[None, None]),
+    "has no scheduler:": index(scheduler=[None, None]),
+    "a tokenizer of 2 tokens": lambda m: (m / "tokenizer/tokenizer.json").unlink(),
+    "a tokenizer of length": lambda m: (m / "tokenizer/tokenizer_config.json").unlink(),
+    "a text encoder of 658": other_vocabulary,
+    "splits its own words": split_words,
+    "9 channels in and 4 out": nine_channels,
+    "time_cond_proj_dim": guidance_embedding,
+    r"sample_size \[16, 16\]": unet(sample_size=[16, 16]),
+    r"sample_size \[16, 24\]": unet(sample_size=[16, 24]),
+    "sample_size None": unet(sample_size=None),
+    "sample_size 0": unet(sample_size=0),
+    "num_class_embeds|do not fit": unet(num_class_embeds=10),
+    "addition_embed_type|do not fit|Cannot": unet(addition_embed_type="text_time"),
+    "Cannot load m as .*": unet(block_out_channels="much"),
+    "FlowMatchEulerDiscreteScheduler of flow": index(
+        scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    ),
+    "of flow matching": scheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "prediction type sample": scheduler(prediction_type="sample"),
+    "EDMEulerScheduler with": index(scheduler=["diffusers", "EDMEulerScheduler"]),
+}
+
+
+@pytest.mark.parametrize("words", broken_models)
+def test_a_broken_model_is_told_apart(place, capsys, words):
+    broken_models[words](place.model())
+    with pytest.raises(FadeError, match=words) as e:
+        load_pipeline("m")
+    out = capsys.readouterr()
+    assert len(str(e.value).splitlines()) == 1 and out.err == out.out == ""
+
+
+@fault("one sentence for every reason")
+def what_is_no_folder_is_told_apart(place):
+    few = "neighborhood hooded_owl --candidates few.txt --k 2 --model".split()
+    model = place.model()
+    place.refuses("is a single file: convert it once", *few, model / UNET)
+    place.write("model.ckpt", "x")
+    place.refuses("from_single_file", *few, "model.ckpt")
+    place.refuses("There is no folder nowhere:", *few, "nowhere")
+    place.refuses("There is no folder ./a/b:", *few, "./a/b")
+    place.refuses("There is no folder a/b/c:", *few, "a/b/c")
+    place.refuses("the hub cannot be reached", *few, "CompVis/stable-diffusion-v1-4")
+    place.refuses("no model_index.json", *few, model / "unet")
+
+
+class Gone(Exception):
+    "An error of another library."
+
+
+@fault("one sentence for every reason")
+def errors_of_the_hub_are_told_apart(place):
+    for name, text, words in (
+        ("GatedRepoError", "401 Client Error", "accept its terms"),
+        ("OSError", "You are trying to access a gated repo.\nMake sure", "accept its terms"),
+        ("RepositoryNotFoundError", "404 Client Error", "no public model of that name"),
+        ("LocalEntryNotFoundError", "x", "cannot be reached"),
+        ("ConnectTimeout", "x", "cannot be reached"),
+        ("OSError", "no file named model.safetensors", "convert them"),
+        ("KeyError", "x", "another reason"),
+    ):
+        error = type(name, (Gone,), {})(text)
+        wrapped = OSError("x does not appear to have a file named config.json")
+        wrapped.__cause__ = error
+        assert words in str(load_error(wrapped, "a/b", "another reason")), name
+
+
+@fault("pipelines that end in a traceback")
+def a_pipeline_that_is_handed_over_is_checked(place):
+    pipe = load_pipeline()
+    require_supported(pipe)
+
+    def refused(words, other=pipe):
+        with pytest.raises(FadeError, match=words) as e:
+            require_supported(other)
+        assert len(str(e.value).splitlines()) == 1
+
+    for other in ("model", None, pipe.unet, SimpleNamespace(unet=pipe.unet)):
+        refused("This is a", other)
+    for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline):
+        refused(f"This is a {kind.__name__}", kind.from_pipe(pipe))
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        was = getattr(pipe, part)
+        setattr(pipe, part, None)
+        refused(f"has no {part}")
+        setattr(pipe, part, was)
+    for part in ("unet", "text_encoder", "vae"):
+        was = getattr(pipe, part)
+        setattr(pipe, part, torch.compile(was, backend="eager"))
+        refused(f"compiled {part}: use pipe.{part}.compile")
+        setattr(pipe, part, was)
+    unet = pipe.unet
+    for option, value in dict(
+        encoder_hid_dim_type="ip_image_proj",
+        addition_embed_type="text_time",
+        class_embed_type="timestep",
+        in_channels=8,
+        out_channels=8,
+        attention_type="gated",
+        cross_attention_dim=768,
+        sample_size=(16, 16),
+    ).items():
+        was = unet.config[option]
+        unet.register_to_config(**{option: value})
+        refused(option if "dim" not in option[5:] or "type" in option else "width")
+        unet.register_to_config(**{option: was})
+    require_supported(pipe)
+    accelerate.hooks.add_hook_to_module(unet.mid_block, accelerate.hooks.ModelHook())
+    refused("remove_all_hooks")
+    accelerate.hooks.remove_hook_from_module(unet.mid_block)
+    pipe.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    refused("layerwise_casting")
+    require_supported(load_pipeline(dtype="bfloat16"))
+    pipe = load_pipeline()
+    pipe.unet.to(torch.float64)
+    refused("weights of torch.float64", pipe)
 
 
 # --- records, settings, numbers, figures; sharing ---
