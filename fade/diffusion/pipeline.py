@@ -123,10 +123,12 @@ def read_config(
     only = "and fade supports Stable Diffusion 1 and 2 only: choose one of those"
     name, names = config.get("_class_name"), [c.__name__ for c in pipeline_classes]
     require(name in (None, *names), f"{source} is a {name}, {only}.")
-    for part, kind in part_classes.items():
-        found = config.get(part) or [None]
-        found = found[-1] if isinstance(found, list) else found
-        require(found == kind.__name__, f"{source} has {found or 'nothing'} as its {part}, {only}.")
+    kinds = {part: kind.__name__ for part, kind in part_classes.items()}
+    for part, kind in {**kinds, "tokenizer": "CLIPTokenizer(Fast)?", "scheduler": r"\w+"}.items():
+        found = config.get(part) or ""
+        found = str(found[-1] or "nothing") if isinstance(found, list) and found else "nothing"
+        fits = re.fullmatch(kind, found) and found != "nothing"
+        require(fits, f"{source} has {found} as its {part}, {only}.")
     return config
 
 
@@ -239,7 +241,7 @@ def tokenizer_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
     again = "download the folder tokenizer again"
     n, size = len(tokenizer), encoder.get_input_embeddings().num_embeddings
-    if not 0.98 * size <= n <= size:
+    if n < 0.98 * size or max(tokenizer.get_vocab().values()) >= size:
         yield f"has a tokenizer of {n} tokens and a text encoder of {size}: {again}"
     length, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
     if length > longest:
