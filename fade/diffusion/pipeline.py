@@ -311,10 +311,8 @@ def read_pipeline(
     try:
         with quiet_loading():
             config = read_config(source)
-            parts = {part: read_part(source, part, dtype) for part in part_classes}
-            pipe = StableDiffusionPipeline.from_pretrained(
-                source, use_safetensors=True, **parts, **options
-            )
+            options |= {part: read_part(source, part, dtype) for part in part_classes}
+            pipe = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
     except FadeError:
         raise
     except Exception as e:
