@@ -39,7 +39,7 @@ from .concepts import ConceptSet
 from .core import FadeError, edit_file, edit_files, fingerprint, require
 from .diffusion.pipeline import merge_settings, settings_for
 from .loop import fit
-from .mesh import load_mesh
+from .mesh import load_mesh, other_kind
 from .weights import load_weight_edit
 
 
@@ -303,5 +303,5 @@ def load_edit(
     if name:
         return get_method(name).load(pipe, path)
     with safe_open(path, "pt") as f:
-        weights = "about" in (f.metadata() or {})  # as `WeightEdit.save` writes it
-    return (load_weight_edit if weights else load_mesh)(pipe, path)
+        lora = any("lora" in key or other_kind(key)[0] for key in f.keys())
+    return (load_mesh if lora else load_weight_edit)(pipe, path)

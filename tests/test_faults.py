@@ -219,7 +219,6 @@ other_keys = {
     "lora_transformer_single_blocks_0_attn_to_q.lora_down.weight": "transformer",
     "unet.mid_block.attentions.0.proj_in.lora_embedding_A": "PEFT",
     "emb_params": "textual inversion",
-    "mid_block.attentions.0.proj_in.weight": "no part of a mesh",
 }
 
 
