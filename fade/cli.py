@@ -38,6 +38,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fade.concepts import (
+    clean_name,
+    concept_set,
+    concept_sets,
+    find_target,
+    name_key,
+    prompt,
+    templates,
+)
 from fade.core import (
     FadeError,
     atomic_write,
@@ -47,8 +56,6 @@ from fade.core import (
     require,
     save_json,
 )
-
-from .concepts import clean_name, concept_set, concept_sets, find_target, prompt, templates
 
 # %% ../nbs/90_cli.ipynb #1c577191
 of_miniature = "the miniature that ships with fade"
@@ -211,8 +218,8 @@ def slug(name: str) -> str:
 
 
 def default_out(method: str, target: str) -> Path:
-    "The run folder where none is given."
-    return Path("runs") / ("" if method == "fade" else method) / slug(clean_name(target))
+    "The run folder where none is given: one for all spellings of a concept."
+    return Path("runs") / ("" if method == "fade" else method) / slug(name_key(clean_name(target)))
 
 
 def erase_command(a: argparse.Namespace) -> None:
@@ -224,7 +231,8 @@ def erase_command(a: argparse.Namespace) -> None:
     names += ("superclass", "shortlist", "device", "dtype", "classifier")
     options = {name: getattr(a, name) for name in names}
     overrides = read_overrides(a.set, a.steps)
-    out = a.out or default_out(a.method, a.target)
+    target, _ = find_target(a.target, a.candidates, a.superclass, not a.model)
+    out = a.out or default_out(a.method, target)
     run(RunConfig(**options, out=out, overrides=overrides, score=not a.no_score))
 
 

@@ -4,11 +4,27 @@
 
 # %% auto #0
 __all__ = [
+    "invisible",
+    "quotes",
+    "not_text",
+    "one_name_a_line",
+    "headers",
+    "no_name",
+    "bullet",
+    "number",
+    "markup",
     "templates",
     "heldout_templates",
     "ConceptSet",
     "read_world",
+    "unquote",
+    "name_key",
     "clean_name",
+    "read_list_text",
+    "names_in_json",
+    "require_line",
+    "names_in_table",
+    "names_in_lines",
     "read_names",
     "class_name",
     "normalize_label",
@@ -26,17 +42,20 @@ __all__ = [
 ]
 
 # %% ../nbs/01_concepts.ipynb #e2520a79
+import csv
 import difflib
+import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .core import FadeError, data_path, require
+from .core import FadeError, data_path, fingerprint, require
 
 
 # %% ../nbs/01_concepts.ipynb #df3809b6
@@ -57,8 +76,15 @@ class ConceptSet:
 
     def find(self, concept: str) -> str:
         "The set's own name for a concept; empty when it has none."
-        same = (n for n in self.names if n.lower() == concept.lower())
-        return next(same, "") or self.aliases.get(normalize_label(concept), "")
+        same = (n for n in self.names if name_key(n) == name_key(concept))
+        return next(same, "") or (self.aliases and self.aliases.get(normalize_label(concept))) or ""
+
+    def besides(self, concept: str) -> list[str]:
+        "The names of all other concepts, each once."
+        same, names = name_key(self.find(concept) or concept), {}
+        for n in self.names:
+            names.setdefault(name_key(n), n)
+        return [n for key, n in names.items() if key != same]
 
     def genus(self, concept: str) -> str:
         "The last word of a concept in a rendered world; the superclass in other sets."
@@ -92,12 +118,39 @@ def read_world(
     )
 
 
+# %% ../nbs/01_concepts.ipynb #a4261626
+# characters that do not show: zero-width spaces, byte-order marks, directions, soft hyphens
+invisible = "[\u00ad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
+quotes = {'"': '"', "'": "'", "`": "`", "“": "”", "‘": "’", "«": "»", "„": "“"}
+
+
+def unquote(name: str) -> str:
+    "A name without one pair of quotes around all of it."
+    end = quotes.get(name[:1], "")
+    inner = name[1:-1]
+    paired = end and name.endswith(end) and name[0] not in inner and end not in inner
+    return inner if paired and inner.strip(" _") else name
+
+
+@cache
+def name_key(name: str) -> str:
+    "What all spellings of a concept have in common, and no other concept has."
+    key = re.sub(f"{invisible}|[\u200c\u200d\ufe0e\ufe0f]", "", name)
+    key = re.sub("['’‘ʼ`´]", "", unquote(key.strip()))
+    key = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", key).casefold())
+    key = re.sub(r"^(an?|the)[\s_]+(?=\w)", "", key.strip())
+    key = "".join(" " if c == "_" or unicodedata.category(c) == "Pd" else c for c in key)
+    key = re.sub(r"(?<=[^\W\d])\.(?!\d)", "", key)  # St. Bernard, but not 1.5
+    return " ".join(key.split()) or re.sub(rf"\s|{invisible}", "", name)
+
+
 # %% ../nbs/01_concepts.ipynb #dcf96d9a
 def clean_name(
     name: str,  # as typed by a user
 ) -> str:  # one line, single spaces
     "The name as it goes into a prompt. Raises `FadeError` when it is empty or not text."
-    name = " ".join(name.replace("\ufeff", "").replace("_", " ").split())
+    name = unicodedata.normalize("NFC", re.sub(invisible, "", name))
+    name = " ".join(unquote(name.strip()).replace("_", " ").split())
     require(name, 'The name of a concept is empty: write it in quotes, such as "crimson daisy".')
     require(
         not re.search("[\0\ud800-\udfff]", name),
@@ -107,22 +160,133 @@ def clean_name(
 
 
 # %% ../nbs/01_concepts.ipynb #e0ad50d8
+not_text = r"[\0-\x08\x0e-\x1b\x7f]|^\s*(\{\\rtf|<!doctype|<html|<\?xml|%PDF-)"
+one_name_a_line = "give a text file with one name a line"
+
+
+def read_list_text(path: Path) -> str:
+    "The text of a list of names. Raises `FadeError` for a file that is none."
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise FadeError(
+            f"Cannot read the list of candidates {path} ({e.strerror}): {one_name_a_line}."
+        ) from e
+    except UnicodeDecodeError:
+        text = "\0"
+    require(
+        not re.search(not_text, text, re.IGNORECASE),
+        f"The list of candidates {path} is not plain text in UTF-8: {one_name_a_line}.",
+    )
+    return text
+
+
+# %% ../nbs/01_concepts.ipynb #bf1d1531
+def names_in_json(text: str, path: Path) -> list[str] | None:
+    "The names of a JSON or YAML list, None for another text. Raises `FadeError` for other content."
+    declared = path.suffix.lower() in (".json", ".yaml", ".yml")
+    if not declared and text.lstrip()[:1] not in ("[", "{"):
+        return None
+    for parse in (json.loads, yaml.safe_load):
+        try:
+            names = parse(text)
+            break
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
+            names = e
+    if isinstance(names, Exception):
+        why = " ".join(str(names).split())
+        require(not declared, f"Cannot read the list of candidates {path} ({why}): mend that line.")
+        return None
+    what = f"The list of candidates {path}"
+    require(isinstance(names, list), f"{what} holds no list: {one_name_a_line}.")
+    for i, name in enumerate(names, 1):
+        require(isinstance(name, str), f"Entry {i} of {path} is no text ({name!r}): quote it.")
+    return names
+
+
+# %% ../nbs/01_concepts.ipynb #2a265e24
+headers = ("name", "names", "concept", "concepts", "label", "labels", "class", "species", "breed")
+
+
+def require_line(
+    ok: Any,
+    i: int,  # number of a line
+    path: Path,
+    why: str,  # what is wrong with the line
+) -> None:
+    "Raise `FadeError` for a line that is not one name."
+    require(ok, f"Line {i} of {path} {why}: write one name a line, in quotes where that is a name.")
+
+
+def names_in_table(lines: dict[int, str], path: Path) -> dict[int, str] | None:
+    "The column of names of a CSV or TSV, by line; None for another text."
+    first, declared = next(iter(lines.values()), ""), path.suffix.lower() in (".csv", ".tsv")
+    options = dict(delimiter=next((d for d in "\t;," if d in first), ","), skipinitialspace=True)
+    header = [name_key(cell) for cell in next(csv.reader([first], **options), [])]
+    column = next((header.index(h) for h in headers if h in header), None)
+    if not declared and (column is None or len(header) < 2):
+        return None
+    titled, n, names = column is not None, len(header), {}
+    why = f"has {n} columns, none of them called name"
+    require_line(titled or n < 2, next(iter(lines), 1), path, why)
+    for i, line in list(lines.items())[titled:]:
+        try:
+            row = next(csv.reader([line], strict=True, **options))
+        except csv.Error:
+            row = []
+        require_line(len(row) == n, i, path, f"has other columns than the first line ('{line}')")
+        names[i] = row[column or 0]
+        require_line(names[i].strip(), i, path, "has no name")
+    return names
+
+
+# %% ../nbs/01_concepts.ipynb #6508fe2b
+no_name = r"\s*(#(?!\d)|//|```|([-*=_])\2\2+\s*$|$)"  # comments, rules, empty lines
+bullet = r"\s*(?:[-*+•‣–—]\s+(?:\[[ xX]\]\s+)?)?(.*?)(?:\s+#\s.*|[\s,;]*)$"
+number = r"\(?\d{1,4}[.)]\s+|\d{3}\.(?=[^\W\d])|n\d{8}[-_ ]"
+markup = r"(\*\*|\*)(?P<strong>.+)\1|\[(?P<link>[^]]+)\]\(.*\)"
+
+
+def names_in_lines(lines: dict[int, str], path: Path) -> dict[int, str]:
+    "The name on each line, without bullets, numbers and markup."
+    names = {i: re.fullmatch(bullet, line)[1] for i, line in lines.items()}
+    numbered = [i for i, name in names.items() if re.match(number, name)]
+    if len(numbered) == len(names) > 1:
+        names = {i: re.sub(f"^({number})", "", name) for i, name in names.items()}
+    elif len(numbered) > 1:
+        require_line(False, numbered[0], path, "is numbered, and others are not")
+    for i, name in names.items():
+        if found := re.fullmatch(markup, name):
+            names[i] = found["strong"] or found["link"]
+        literal = unquote(names[i]) != names[i]
+        sign = re.search(r"[,;\t]|^\||^\{[\"']", name)
+        require_line(literal or not sign, i, path, f"has more than a name ('{name[:40]}')")
+    return names
+
+
+# %% ../nbs/01_concepts.ipynb #0b62791b
 def read_names(
     path: str | Path,  # text file, one name a line
     superclass: str = "",  # what all of them are
 ) -> ConceptSet:
-    "A concept set from a text file. Raises `FadeError` when it cannot be read or has no name."
+    "A concept set from a file. Raises `FadeError` when it cannot be read or has no name."
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise FadeError(
-            f"Cannot read the list of candidates {path} ({e}): "
-            "give a text file with one name a line."
-        ) from e
-    names = [clean_name(line) for line in lines if re.search(r"[^\s_\ufeff]", line)]
-    require(names, f"The list of candidates {path} is empty: write one name a line.")
-    return ConceptSet(path.stem, tuple(dict.fromkeys(names)), superclass)
+    text = read_list_text(path)
+    if nested := names_in_json(text, path):
+        names = dict(enumerate(nested, 1))
+    else:
+        lines = dict(enumerate(re.sub(invisible, "", text).splitlines(), 1))
+        lines = {i: line for i, line in lines.items() if not re.match(no_name, line)}
+        names = names_in_table(lines, path)
+        names = names_in_lines(lines, path) if names is None else names
+    found = {}
+    for i, name in names.items():
+        require_line(len(name) <= 100, i, path, f"is a text of {len(name)} characters")
+        if name.strip(" _"):
+            found.setdefault(name_key(name), clean_name(name))
+    require(found, f"The list of candidates {path} is empty: write one name a line.")
+    cleaned = tuple(found.values())
+    return ConceptSet(f"{path.stem}-{fingerprint(cleaned)[:8]}", cleaned, superclass)
 
 
 # %% ../nbs/01_concepts.ipynb #839cf0eb
@@ -130,7 +294,7 @@ def class_name(
     label: str,  # as in the data set
 ) -> str:  # as in a prompt
     "A label without identifier, underscores and capitals."
-    return clean_name(re.sub(r"^(n\d{8}[-_ ]|\d+\.)", "", label)).lower()
+    return clean_name(re.sub(r"^(n\d{8}[-_ ]|\d+\.)(?=.*\w)", "", label)).lower()
 
 
 def normalize_label(
@@ -164,7 +328,7 @@ def read_set(
 
 
 # %% ../nbs/01_concepts.ipynb #e3f9aa1f
-@lru_cache
+@cache
 def builtin_sets() -> dict[str, ConceptSet]:
     "Every set that ships with the package, by name."
     worlds = [read_world(p) for p in sorted(data_path("worlds").glob("*.yaml"))]
@@ -189,7 +353,7 @@ def concept_set(
     superclass: str = "",  # overrides the set's own
 ) -> ConceptSet:
     "Find a concept set. Raises `FadeError` when it is neither a known set nor a file."
-    cs = builtin_sets().get(str(source))
+    cs = builtin_sets().get(source)  # a Path is a file
     if not cs:
         require(
             Path(source).is_file(),

@@ -6,6 +6,7 @@
 __all__ = ["RunConfig", "Resolved", "content_of", "resolve_config"]
 
 # %% ../nbs/70_config.ipynb #13936377
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,9 +51,10 @@ class RunConfig(Validated):
 
     @field_validator("model", "candidates", "classifier", mode="before")
     @classmethod
-    def text(cls, value: Any) -> str:
-        "Paths are kept as text."
-        return str(value or "")
+    def text(cls, value: Any, info: Any) -> str:
+        "Paths are kept as text; one of candidates is not the name of a set."
+        is_file = info.field_name == "candidates" and isinstance(value, Path)
+        return os.path.join(".", value) if is_file else str(value or "")
 
 
 # %% ../nbs/70_config.ipynb #b90fc179
@@ -145,7 +147,7 @@ def resolve_config(config: RunConfig) -> Resolved:
     model = config.model or data_path("miniature")
     recipe = recipe_for(model, config.recipe, config.method, **config.overrides)
     recipe.check(target, concepts)
-    others = len(set(concepts.names) - {target})
+    others = len(concepts.besides(target))
     require(
         1 <= config.k < others,
         f"K is {config.k}, but there are {others} candidates beside the target: "

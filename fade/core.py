@@ -23,6 +23,7 @@ __all__ = [
     "load_json",
     "save_tensors",
     "load_tensors",
+    "damaged_file",
     "load_error",
     "seed_for",
     "generator",
@@ -38,6 +39,7 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -275,6 +277,27 @@ def load_tensors(
         ) from e
 
 
+# %% ../nbs/00_core.ipynb #e7d0a6f4
+def damaged_file(
+    folder: str | Path,  # a model's
+) -> str:  # a clause, empty where every file can be read
+    "The first JSON or safetensors file that cannot be read, and what to do."
+    for path in sorted(Path(folder).rglob("*.*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (SafetensorError, ValueError, OSError) as e:
+            if path.suffix == ".json":
+                return f"{path} is no valid JSON ({e}): correct it, or download it again."
+            if path.read_bytes()[:30].startswith(b"version https://git-lfs"):
+                return f"{path} is a placeholder of Git LFS: run 'git lfs pull' in that folder."
+            return f"{path} is damaged or cut short ({e}): download it again."
+    return ""
+
+
 # %% ../nbs/00_core.ipynb #c44b7748
 def load_error(
     error: Exception,  # raised by a library's `from_pretrained(…, use_safetensors=True)`
@@ -282,13 +305,25 @@ def load_error(
     otherwise: str,  # the sentence for every other reason
 ) -> FadeError:
     "The error to raise when a model does not load."
-    lacks = "safetensors" in str(error) and not isinstance(error, SafetensorError)
-    if not lacks:
-        return FadeError(otherwise)
-    return FadeError(
-        f"{source} has no weights as .safetensors, and other kinds (.bin, .pt, .ckpt) can run "
-        "code when they are read: convert them, or take a copy that has them."
-    )
+    if damaged := damaged_file(source) if Path(source).is_dir() else "":
+        return FadeError(damaged)
+    chain, offline = [error], " (HF_HUB_OFFLINE is set)" * bool(os.environ.get("HF_HUB_OFFLINE"))
+    while e := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(e)
+    text = " ".join(f"{type(e).__name__}: {e}" for e in chain)
+    for pattern, sentence in {
+        "GatedRepo|gated repo": f"{source} is gated: accept its terms at "
+        f"https://huggingface.co/{source}, then log in with 'hf auth login'.",
+        "RepositoryNotFound|is not a valid model identifier": f"There is no folder {source}, and "
+        "no public model of that name on the hub: correct it, or log in with 'hf auth login'.",
+        "Offline|LocalEntryNotFound|Connect|Timeout|Resolution": f"There is no folder {source}, "
+        f"and the hub cannot be reached{offline}: go online once, or give a folder.",
+        "safetensors": f"{source} has no weights as .safetensors, and other kinds (.bin, .pt, "
+        ".ckpt) can run code when they are read: convert them, or take a copy that has them.",
+    }.items():
+        if re.search(pattern, text):
+            return FadeError(sentence)
+    return FadeError(otherwise)
 
 
 # %% ../nbs/00_core.ipynb #22b05c43

@@ -6,26 +6,38 @@
 __all__ = [
     "transformer_layers",
     "Lora",
+    "other_kinds",
+    "merge_it",
+    "settings_read",
+    "settings_of_training",
     "Mesh",
     "require_free_name",
     "remove_adapter",
     "quiet_peft",
     "injection",
     "attach",
+    "alpha_in_effect",
     "require_shapes",
     "lora_targets",
     "require_lora_fits",
-    "read_state",
-    "unet_tensors",
-    "read_lora",
+    "other_kind",
+    "open_lora",
+    "split_key",
+    "without_separators",
+    "tensors_by_layer",
     "read_header",
-    "require_same_rank",
+    "lora_config",
+    "require_header_fits",
+    "read_lora",
+    "inject_lora",
     "load_mesh",
 ]
 
 # %% ../nbs/40_mesh.ipynb #c5bcb320
 import json
 import logging
+import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +46,12 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.utils import convert_unet_state_dict_to_peft
 from fastcore.basics import patch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -286,6 +300,18 @@ def detach(self: Mesh) -> StableDiffusionPipeline:
     return self.pipe
 
 
+# %% ../nbs/40_mesh.ipynb #a1fae5c1
+def alpha_in_effect(
+    layer: LoraLayer,
+    name: str,  # of the adapter
+    rslora: bool = False,  # whether the scale is α/√r
+) -> float:
+    "The α that gives a layer its present scale, the strength included."
+    root = math.sqrt(layer.r[name]) if rslora else layer.r[name]
+    alpha, scale = layer.lora_alpha[name], layer.scaling[name]
+    return alpha if scale == alpha / root else scale * root
+
+
 # %% ../nbs/40_mesh.ipynb #8a3de512
 @patch
 def save(
@@ -293,13 +319,18 @@ def save(
     path: str | Path,  # a `.safetensors` file
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
-    "Write the mesh as a LoRA file that plain diffusers loads."
+    "Write the mesh at its present strength, as a LoRA file that plain diffusers loads."
+    require(self.layers, "The mesh was detached, so it has no weights: save it before.")
     self.require_promised()
     self.about = {**self.about, **about}
     state = get_peft_model_state_dict(self.unet, adapter_name=self.name)
     weights = {f"unet.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
-    header = {"fade": self.about}
-    for key, value in self.unet.peft_config[self.name].to_dict().items():
+    config, header = self.unet.peft_config[self.name].to_dict(), {"fade": self.about}
+    options = self.name, config["use_rslora"]
+    alphas = {n: alpha_in_effect(m, *options) for n, m in self.layers.items()}
+    config["lora_alpha"] = next(iter(alphas.values()))
+    config["alpha_pattern"] = alphas if len({*alphas.values()}) > 1 else {}
+    for key, value in config.items():
         value = sorted(value) if isinstance(value, set) else value
         if value is None or isinstance(value, (str, int, float, bool, list, dict)):
             header[f"unet.{key}"] = value
@@ -309,7 +340,9 @@ def save(
 
 
 # %% ../nbs/40_mesh.ipynb #4bacf304
-Lora = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer name to A `(r,in,…)` and B `(out,r,…)`
+Lora = dict[
+    str, tuple[torch.Tensor, torch.Tensor, float]
+]  # by layer: A `(r,in,…)`, B `(out,r,…)`, α
 
 
 def require_shapes(
@@ -320,7 +353,7 @@ def require_shapes(
     what: str,  # names the file
 ) -> None:
     "Raise `FadeError` unless A and B are finite and fit the layer."
-    found, rank = (tuple(A.shape), tuple(B.shape)), len(A)
+    found, rank = (tuple(A.shape), tuple(B.shape)), max(1, *A.shape[:1])
     needed = (rank, *W.shape[1:]), (len(W), rank, *(1,) * (W.ndim - 2))
     require(
         found == needed,
@@ -328,7 +361,7 @@ def require_shapes(
         f"and this U-Net needs {needed[0]} and {needed[1]}.",
     )
     require(
-        A.isfinite().all() and B.isfinite().all(),
+        A.float().isfinite().all() and B.float().isfinite().all(),
         f"The {what} has values in '{layer}' that are not finite: download or train it again.",
     )
 
@@ -356,125 +389,243 @@ def require_lora_fits(
         f"The {what} is for {len(unknown)} layers that this U-Net does not have, such as "
         f"'{next(iter(unknown), '')}': load the model it was made for.",
     )
-    for n, (A, B) in lora.items():
+    for n, (A, B, _) in lora.items():
         require_shapes(layers[n].weight, A, B, n, what)
 
 
+# %% ../nbs/40_mesh.ipynb #c1d5a0f3
+other_kinds = {  # a pattern in a key, and the kind of file that has such keys
+    r"hada_": "LoHa",
+    r"lokr_": "LoKr",
+    r"dora_scale|magnitude_vector": "DoRA",
+    r"oft_": "OFT",
+    r"ia3|on_input": "IA3",
+    r"\.(a|b|am|bm)[12]\.weight$": "GLoRA",
+    r"vera_|\.lora_(E|ranknum)\b|lora_embedding|randlora|hra_|fourierft": "another kind of PEFT",
+    r"lora_mid|lora_t[12]": "LoCon with a Tucker decomposition",
+    r"\.diff(_b)?$|[wb]_norm$|set_weight$|^modules_to_save": "full weights",
+    r"lora_(A|B|up|down)\b.*bias$": "LoRA with bias",
+    r"controlnet": "Control-LoRA",
+    r"emb_params|string_to_|bundle_emb|^<": "textual inversion",
+    r"^base_model\.": "PEFT's own format, without its alpha",
+    r"text_encoder_2|lora_te[123]_": "LoRA for a model with several text encoders",
+    r"^text_encoder|^lora_te_|text_model": "LoRA that also changes the text encoder",
+    r"transformer\.(?!\d)|lora_transformer|(double|single|joint)_blocks": "LoRA for a transformer",
+}
+merge_it = (
+    "and a mesh is plain LoRA of a U-Net: merge it into the model with the tool that made it, and "
+    "load that model"
+)
+
+
+def other_kind(key: str) -> tuple[str, str]:
+    "The kind of adapter that a key of a file tells, and what to do; empty for plain LoRA."
+    kind = next((kind for pattern, kind in other_kinds.items() if re.search(pattern, key)), "")
+    return kind, "load the model that it was made for" if "LoRA for" in kind else merge_it
+
+
 # %% ../nbs/40_mesh.ipynb #4fd98313
-def read_state(
-    pipe: StableDiffusionPipeline,
-    path: Path,  # a LoRA file of any kind that diffusers reads
-) -> dict[str, torch.Tensor]:
-    "A file's tensors by diffusers' names. Raises `FadeError` for another file."
-    options = dict(weight_name=path.name, use_safetensors=True)
+def open_lora(
+    path: Path,  # a safetensors file
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # tensors by key, and the header
+    "The content of a LoRA file. Raises `FadeError` for a file that is none, or of another kind."
     try:
-        return pipe.lora_state_dict(path.parent, **options)[0]
+        with safe_open(path, "pt") as f:
+            tensors, header = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except Exception as e:
-        raise FadeError(
-            f"Cannot read {path} as a mesh ({str(e).splitlines()[0]}): give a .safetensors file."
-        ) from e
+        why = str(e).partition("\n")[0]
+        raise FadeError(f"Cannot read {path} as a mesh ({why}): give a .safetensors file.") from e
+    require(tensors, f"The file {path} contains no LoRA layers: download it again.")
+    for key in tensors:
+        kind, remedy = other_kind(key)
+        require(not kind, f"The file {path} contains {kind} ('{key}'), {remedy}.")
+    return tensors, header
 
 
 # %% ../nbs/40_mesh.ipynb #73e90e95
-def unet_tensors(
-    pipe: StableDiffusionPipeline,
-    path: Path,  # a LoRA file of any kind that diffusers reads
-) -> dict[str, torch.Tensor]:
-    "A file's tensors by PEFT's names. Raises `FadeError` unless they are all for the U-Net."
-    tensors = read_state(pipe, path)
-    own = {k.removeprefix("unet."): v for k, v in tensors.items() if k.startswith("unet.")}
-    require(
-        own,
-        f"The file {path} contains no LoRA weights for a U-Net: "
-        "give one that Mesh.save or diffusers has written.",
-    )
-    more = next((k for k in tensors if not k.startswith("unet.")), "")
-    require(
-        not more,
-        f"The file {path} also changes the text encoder ('{more}'), which a mesh does not: "
-        "load it with pipe.load_lora_weights.",
-    )
-    return own if any("lora_A" in k for k in own) else convert_unet_state_dict_to_peft(own)
+def split_key(key: str) -> tuple[str, str]:
+    "The layer that a key of a LoRA file names, and `A`, `B` or `alpha`; empty for another key."
+    half = r"[._]lora[._](A|B|down|up)\.weight|\.(alpha)"
+    found = re.fullmatch(rf"(?:unet\.|lora_unet_)?(.+?)(?:{half})", key)
+    if not found:
+        return "", ""
+    layer = found[1].replace(".processor", "")
+    layer += ".0" * layer.endswith(".to_out")
+    return layer, {"down": "A", "up": "B"}.get(found[2], found[2] or "alpha")
+
+
+def without_separators(layer: str) -> str:
+    "A layer's name as all formats have it, without dots and underscores."
+    return re.sub("[._]", "", layer)
 
 
 # %% ../nbs/40_mesh.ipynb #95d50512
-def read_lora(
-    pipe: StableDiffusionPipeline,
-    path: Path,  # a LoRA file of any kind that diffusers reads
-) -> Lora:
-    "A file's LoRA layers. Raises `FadeError` for what is no such file, or not a whole one."
-    own = unet_tensors(pipe, path)
-    halves = {key: key.rpartition(".lora_") for key in own}
-    for key, (layer, _, half) in halves.items():
+def tensors_by_layer(
+    unet: UNet2DConditionModel,
+    tensors: dict[str, torch.Tensor],  # by key
+    path: Path,  # named in errors
+) -> dict[str, dict[str, torch.Tensor]]:  # layer name to `A`, `B`, and `alpha` where it is given
+    "The tensors of each layer. Raises `FadeError` for other keys, or half a layer."
+    names, layers = {without_separators(n): n for n in lora_targets(unet)}, {}
+    for key, tensor in tensors.items():
+        layer, part = split_key(key)
+        parts = layers.setdefault(names.get(without_separators(layer), layer), {})
         require(
-            layer and half in ("A.weight", "B.weight"),
+            layer and part not in parts and tensor.is_floating_point(),
             f"The file {path} contains '{key}', which is no part of a mesh: give a LoRA file.",
         )
-    lora = {}
-    for layer in dict.fromkeys(layer for layer, _, _ in halves.values()):
-        A, B = (own.get(f"{layer}.lora_{half}.weight") for half in "AB")
+        parts[part] = tensor
+    for layer, parts in layers.items():
         require(
-            A is not None and B is not None,
+            {"A", "B"} <= parts.keys(),
             f"The file {path} has one half of '{layer}' only: it is not whole, download it again.",
         )
-        lora[layer] = A, B
-    return lora
+    return layers
 
 
 # %% ../nbs/40_mesh.ipynb #d29702c1
 def read_header(
-    path: Path,  # a safetensors file
-) -> dict[str, Any]:
-    "The LoRA header of a file, empty where there is none. Raises `FadeError` for another file."
+    header: dict[str, str],  # of a safetensors file
+    path: Path,  # named in errors
+) -> tuple[dict[str, Any], dict[str, Any]]:  # our metadata, and PEFT's settings
+    "The LoRA header of a file, empty where there is none. Raises `FadeError` for a damaged one."
     try:
-        with safe_open(path, "pt") as f:
-            return json.loads((f.metadata() or {}).get("lora_adapter_metadata") or "{}")
-    except Exception as e:
-        raise FadeError(f"Cannot read {path} as a mesh ({e}): give a .safetensors file.") from e
+        settings = json.loads(header.get("lora_adapter_metadata") or "{}")
+        about = settings.pop("fade", None) or {}
+        return dict(about), {k.removeprefix("unet."): v for k, v in settings.items()}
+    except (ValueError, TypeError, AttributeError) as e:
+        raise FadeError(f"The header of {path} is damaged ({e}): download it again.") from e
+
+
+# %% ../nbs/40_mesh.ipynb #b5e77ac1
+# settings of PEFT that are read, and those that change nothing after training
+settings_read = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+settings_read |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+settings_of_training = {"peft_type", "task_type", "auto_mapping", "peft_version", "revision"}
+settings_of_training |= {"base_model_name_or_path", "inference_mode", "lora_dropout"}
 
 
 # %% ../nbs/40_mesh.ipynb #786de0d0
-def require_same_rank(
-    header: dict[str, Any],
+def lora_config(
+    settings: dict[str, Any],  # from `read_header`
+    path: Path,  # named in errors
+) -> LoraConfig | None:
+    "A file's settings, None where it has none. Raises `FadeError` for those that are not read."
+    usual, none = LoraConfig().to_dict(), (None, False, [], {}, "")
+    plain = {"init_lora_weights": (True, False, "gaussian", "orthogonal")}
+    for key, value in settings.items():
+        known = key in settings_read | settings_of_training
+        require(
+            known or value in plain.get(key, (usual.get(key), *none)),
+            f"The file {path} was made with {key}={value!r}, {merge_it}.",
+        )
+    settings = {k: v for k, v in settings.items() if k in settings_read and v is not None}
+    try:
+        config = LoraConfig(**settings)
+        for pattern in (config.rank_pattern, config.alpha_pattern):
+            get_pattern_key(dict(pattern), "")
+    except (TypeError, ValueError, re.error) as e:
+        raise FadeError(f"The header of {path} is damaged ({e}): download it again.") from e
+    return config if settings else None
+
+
+# %% ../nbs/40_mesh.ipynb #cadb7b9f
+def require_header_fits(
+    unet: UNet2DConditionModel,
+    config: LoraConfig,
     lora: Lora,
     path: Path,
 ) -> None:
     "Raise `FadeError` for a header that contradicts the weights."
-    rank = header.get("unet.r")
+    try:
+        key = {n: get_pattern_key(config.rank_pattern, n) for n in lora}
+        ranks = {n: config.rank_pattern.get(key[n], config.r) for n in lora}
+        named = {n for n in lora_targets(unet) if check_target_module_exists(config, n)}
+    except (TypeError, AttributeError, ValueError, re.error) as e:
+        raise FadeError(f"The header of {path} is damaged ({e}): download it again.") from e
+    wrong = next((rank for n, rank in ranks.items() if rank != len(lora[n][0])), None)
     require(
-        not rank
-        or header.get("unet.rank_pattern")
-        or all(len(A) == rank for A, _ in lora.values()),
-        f"The header of the mesh {path} gives rank {rank}, and its weights have another: "
+        wrong is None,
+        f"The header of the mesh {path} gives rank {wrong}, and its weights have another: "
         "it is not whole, download or train it again.",
     )
+    require(
+        named == lora.keys(),
+        f"The mesh {path} does not fit this model: its header names other layers than its weights.",
+    )
+
+
+# %% ../nbs/40_mesh.ipynb #4b654da6
+def read_lora(
+    unet: UNet2DConditionModel,
+    tensors: dict[str, torch.Tensor],  # from `open_lora`
+    config: LoraConfig | None,  # from `lora_config`
+    path: Path,  # named in errors
+) -> Lora:
+    "A file's LoRA layers. Raises `FadeError` for what is no such file, or not a whole one."
+    lora = {}
+    for n, parts in tensors_by_layer(unet, tensors, path).items():
+        alpha = parts.get("alpha")
+        if alpha is None:
+            pattern = config.alpha_pattern if config else {}
+            usual = config.lora_alpha if config else max(1, *parts["A"].shape[:1])
+            alpha = pattern.get(get_pattern_key(pattern, n), usual)
+        try:
+            lora[n] = parts["A"], parts["B"], float(alpha)
+        except (TypeError, ValueError, RuntimeError):
+            lora[n] = parts["A"], parts["B"], math.nan
+        require(
+            math.isfinite(lora[n][2]),
+            f"The alpha of '{n}' in {path} is no finite number: download it again.",
+        )
+    return lora
+
+
+# %% ../nbs/40_mesh.ipynb #06be98b2
+def inject_lora(
+    pipe: StableDiffusionPipeline,
+    lora: Lora,
+    name: str,  # of the adapter
+    about: dict[str, Any],  # metadata
+    rslora: bool = False,  # whether the scale is α/√r
+) -> Mesh:
+    "A mesh with these weights, frozen, at its full strength."
+    ranks, alphas = {n: len(A) for n, (A, *_) in lora.items()}, {n: o[2] for n, o in lora.items()}
+    patterns = dict(rank_pattern=ranks, alpha_pattern=alphas, use_rslora=rslora)
+    config = LoraConfig(target_modules=list(lora), **patterns)
+    config.r, config.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    with injection(pipe, name) as before, torch.random.fork_rng():
+        pipe.unet.add_adapter(config, adapter_name=name)
+        mesh = Mesh(pipe, name, before, about)
+        for n, (A, B, alpha) in lora.items():
+            layer, root = mesh.layers[n], math.sqrt(len(A)) if rslora else len(A)
+            require(layer.scaling[name] == alpha / root, f"PEFT scales '{n}' differently.")
+            for half, tensor in ((layer.lora_A, A), (layer.lora_B, B)):
+                weight = half[name].weight
+                weight.data = tensor.to(weight.device, torch.float32)
+                weight.requires_grad_(False)
+    return mesh
 
 
 # %% ../nbs/40_mesh.ipynb #9c45edbd
 def load_mesh(
     pipe: StableDiffusionPipeline,
-    path: str | Path,  # a LoRA file, ours or any that diffusers reads
+    path: str | Path,  # a LoRA file, ours or another tool's
     name: str = "fade",  # of the adapter
 ) -> Mesh:
     """Attach a saved mesh. Raises `FadeError` for a file that is none, or that was made for another
     model; the pipeline is then as before."""
     path, unet = Path(path), pipe.unet
-    header = read_header(path)
-    about = header.get("fade") or {}
+    tensors, header = open_lora(path)
+    about, settings = read_header(header, path)
     require_same_model(pipe, about, f"mesh {path}")
     require_free_name(unet, name)
-    lora = read_lora(pipe, path)
+    config = lora_config(settings, path)
+    lora = read_lora(unet, tensors, config, path)
     require_lora_fits(unet, lora, f"mesh {path}")
-    require_same_rank(header, lora, path)
-    options = dict(weight_name=path.name, adapter_name=name, use_safetensors=True)
-    try:
-        with injection(pipe, name) as before:
-            pipe.load_lora_weights(path.parent, **options)
-            mesh = Mesh(pipe, name, before, about)
-            require(mesh.layers.keys() == lora.keys(), "its header names other layers.")
-    except Exception as e:
-        raise FadeError(f"The mesh {path} does not fit this model: {str(e).splitlines()[0]}") from e
-    return mesh
+    if config:
+        require_header_fits(unet, config, lora, path)
+    return inject_lora(pipe, lora, name, about, bool(config and config.use_rslora))
 
 
 # %% ../nbs/40_mesh.ipynb #883336b3

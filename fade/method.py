@@ -39,7 +39,7 @@ from .concepts import ConceptSet
 from .core import FadeError, edit_file, edit_files, fingerprint, require
 from .diffusion.pipeline import merge_settings, settings_for
 from .loop import fit
-from .mesh import load_mesh
+from .mesh import load_mesh, other_kind
 from .weights import load_weight_edit
 
 
@@ -277,7 +277,8 @@ def read_edit_metadata(path: str | Path) -> dict:
         with safe_open(path, "pt") as f:
             header = f.metadata() or {}
         ours = json.loads(header.get("about") or "null")
-        return ours or json.loads(header.get("lora_adapter_metadata") or "{}").get("fade") or {}
+        lora = json.loads(header.get("lora_adapter_metadata") or "{}")
+        return dict(ours or lora.get("fade") or {})
     except Exception as e:
         raise FadeError(
             f"Cannot read {path} as a mesh or an edit ({e}): give a .safetensors file."
@@ -302,5 +303,5 @@ def load_edit(
     if name:
         return get_method(name).load(pipe, path)
     with safe_open(path, "pt") as f:
-        lora = any("lora" in k for k in f.keys())
+        lora = any("lora" in key or other_kind(key)[0] for key in f.keys())
     return (load_mesh if lora else load_weight_edit)(pipe, path)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .concepts import ConceptSet, find_target, prompt, unrelated_concepts
+from .concepts import ConceptSet, clean_name, find_target, prompt, unrelated_concepts
 from .core import FadeError, generator, load_json, require, save_json
 from .diffusion.pipeline import Sampler, require_whole, token_ids
 from .images import ImageCache
@@ -174,7 +174,8 @@ def neighborhood(
     Raises `FadeError` for an unknown target or an impossible K, before any image is made."""
     if not isinstance(candidates, ConceptSet):
         target, candidates = find_target(target, candidates)
-    names = [c for c in candidates.names if c.lower() != target.lower()]
+    target = candidates.find(target) or clean_name(target)
+    names = candidates.besides(target)
     require(
         1 <= k < len(names),
         f"K is {k}, but there are {len(names)} candidates beside the target: "

@@ -149,6 +149,14 @@ def merged(self: WeightEdit) -> Iterator[WeightEdit]:
 
 # %% ../nbs/41_weights.ipynb #58d085e9
 @patch
+def scaled(self: WeightEdit) -> dict[str, torch.Tensor]:
+    "$W+s\\,(W'-W)$ of every edited weight, at the present strength."
+    if self.strength == 1:
+        return self.edited
+    return {n: W + self.strength * (self.edited[n] - W) for n, W in self.original.items()}
+
+
+@patch
 def set_scale(
     self: WeightEdit,
     strength: float,  # 1 as trained, 0 the original
@@ -157,8 +165,7 @@ def set_scale(
     require_finite_strength(strength, "edit")
     self.require_unfused()
     self.strength = strength
-    between = {n: W + strength * (self.edited[n] - W) for n, W in self.original.items()}
-    self.set_weights(self.edited if strength == 1 else between)
+    self.set_weights(self.scaled())
     return self
 
 
@@ -199,10 +206,11 @@ def save(
     path: str | Path,  # a `.safetensors` file
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
-    "Write the edited weights."
+    "Write the edited weights, at the present strength."
+    require(self.layers, "The edit was detached, so it has no weights: save it before.")
     self.require_promised()
     self.about = {**self.about, **about}
-    save_tensors(path, self.edited, self.about)
+    save_tensors(path, self.scaled(), self.about)
 
 
 # %% ../nbs/41_weights.ipynb #3860015f
@@ -220,6 +228,11 @@ def require_weights_fit(
     require(
         tensors and not wrong,
         f"The edit {path} does not fit this model: {problem}; load the model it was made for.",
+    )
+    bad = next((n for n, v in tensors.items() if not v.float().isfinite().all()), "")
+    require(
+        not bad,
+        f"The edit {path} has values in '{bad}' that are not finite: download or train it again.",
     )
 
 

@@ -6,37 +6,56 @@ line is a function with `@fault`, which gets a `Place`.
 
 import json
 import shutil
+import unicodedata
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import accelerate
 import pytest
 import torch
 from conftest import error_of
-from diffusers import LCMScheduler
+from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from fade.cli import main
-from fade.config import RunConfig
-from fade.core import FadeError, data_path, load_json
+from fade.baselines.receler import Erasers, load_erasers
+from fade.cli import default_out, main
+from fade.concepts import (
+    ConceptSet,
+    clean_name,
+    concept_set,
+    concept_sets,
+    find_target,
+    unrelated_concepts,
+)
+from fade.config import RunConfig, resolve_config
+from fade.core import FadeError, data_path, generator, load_error, load_json
 from fade.diffusion.adapters import lora_layers
 from fade.diffusion.identity import identify, pipeline_probe
 from fade.diffusion.pipeline import (
+    Sampler,
     encode_prompts,
     generate,
     load_pipeline,
+    predict_noise,
+    require_supported,
     sampler_for,
     token_ids,
 )
 from fade.images import ImageCache
-from fade.mesh import attach
+from fade.mesh import attach, load_mesh, lora_targets
 from fade.method import load_edit, recipe_for, train_edit
 from fade.metrics import evaluate
-from fade.neighborhood import Neighborhood
+from fade.neighborhood import Neighborhood, neighborhood
 from fade.run import run
+from fade.tools.kohya import load_kohya, save_kohya
 from fade.trainer import erase
-from fade.weights import WeightEdit
+from fade.weights import WeightEdit, load_weight_edit
 
-neighborhood = ["neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2"]
+look = ["neighborhood", "crimson daisy", "--candidates", "few.txt", "--k", "2"]
 few = ["crimson daisy", "golden daisy", "hooded owl", "azure finch"]
 checks = []
 
@@ -99,6 +118,11 @@ def place(tmp_path, monkeypatch, capsys, finished):
 
 refusals = [  # kind, command line, words of the sentence
     ("numbers", "evaluate nowhere --n 0", "choose 1 or more"),
+    (
+        "one concept, several spellings",
+        "erase crimson-daisy --candidates few.txt --k 3",
+        "there are 3 candidates",
+    ),
 ]
 
 
@@ -211,7 +235,7 @@ def what_moves_no_image_keeps_the_key(place):
 @fault("remembered images")
 def the_cache_is_not_poisoned(place):
     def similarities(*words):
-        assert main([*neighborhood, *words]) == 0
+        assert main([*look, *words]) == 0
         lines = place.capsys.readouterr().out.splitlines()
         return [line for line in lines if line.strip()[:1].isdigit()]
 
@@ -228,7 +252,7 @@ def a_scheduler_that_cannot_be_set_up(place):
     model = place.model()
     for value in (None, "lots"):
         with_config(model / "scheduler" / "scheduler_config.json", "lambda_min_clipped", value)
-        place.refuses("correct its scheduler_config.json", *neighborhood, "--model", model)
+        place.refuses("correct its scheduler_config.json", *look, "--model", model)
 
 
 @fault("remembered images")
@@ -339,7 +363,7 @@ def another_unet_in_the_pipeline(place):
 @fault("prompts")
 def a_template_beyond_the_limit(place):
     template = " ".join(["a very detailed photograph of the sea"] * 9)
-    place.refuses("shorten the concept", *neighborhood, "--template", template + " {}")
+    place.refuses("shorten the concept", *look, "--template", template + " {}")
 
 
 @fault("prompts")
@@ -354,7 +378,7 @@ def names_that_the_tokenizer_does_not_know(place):
     with patch("fade.neighborhood.token_ids", lambda pipe, text: [0, "owl" in text, 1]):
         place.refuses(
             "reads 'crimson daisy' and 'golden daisy' as the same tokens",
-            *neighborhood,
+            *look,
         )
 
 
@@ -432,6 +456,703 @@ def a_phi_trained_again(place):
 
 
 # --- files that are read; names and lists ---
+
+
+@cache
+def shipped():
+    "The miniature, which a check leaves as it was."
+    return load_pipeline()
+
+
+@torch.no_grad()
+def predicted(pipe):
+    x = torch.randn(1, 4, 16, 16, generator=generator("faults"))
+    return predict_noise(pipe, x, 500, encode_prompts(pipe, ["a crimson daisy"]))
+
+
+def random_mesh(pipe, rank=4, alpha=2.0):
+    mesh = attach(pipe, rank, alpha, ("attn1.to_q", "attn2.to_k", "proj_in"))
+    g = generator("random mesh")
+    for p in mesh.params.values():
+        p.data = 0.05 * torch.randn(p.shape, generator=g)
+    return mesh
+
+
+def layer_changes(pipe):
+    "ΔW of every layer with LoRA, whatever its adapter is called."
+    layers = {n: m for n, m in pipe.unet.named_modules() if isinstance(m, LoraLayer)}
+    return {n: m.get_delta_weight(next(iter(m.lora_A))) for n, m in layers.items()}
+
+
+def differ(a, b):
+    "Whether ΔW differs anywhere by more than rounding."
+    assert a.keys() == b.keys()
+    return any(not torch.allclose(a[n], b[n], rtol=1e-4, atol=1e-7) for n in a)
+
+
+def kohya_tensors(pipe, ending=("attn2.to_k", "attn2.to_out.0", "proj_in"), rank=4):
+    "A LoRA in kohya's format, with another alpha in every layer; and the ΔW that it means."
+    tensors, changes, g = {}, {}, generator("kohya tensors")
+    layers = [(n, m) for n, m in lora_targets(pipe.unet).items() if n.endswith(ending)]
+    for i, (n, m) in enumerate(layers, 1):
+        shape, one = m.weight.shape, (1,) * (m.weight.ndim - 2)
+        A = torch.randn(rank, shape[1], *one, generator=g) * 0.1
+        B = torch.randn(shape[0], rank, *one, generator=g) * 0.1
+        key = "lora_unet_" + n.replace(".", "_")
+        tensors |= {f"{key}.lora_down.weight": A, f"{key}.lora_up.weight": B}
+        tensors[f"{key}.alpha"] = torch.tensor(float(i))
+        changes[n] = (i / rank * B.flatten(1) @ A.flatten(1)).view(shape)
+    return tensors, changes
+
+
+@fault("half a file")
+def every_other_kind_is_named(place):
+    pipe, before = shipped(), predicted(shipped())
+    tensors, _ = kohya_tensors(pipe)
+    name = next(iter(tensors)).partition(".")[0]
+    keys = {f"{name}.{key}": kind for key, kind in other_parts.items()} | other_keys
+    for key, kind in keys.items():
+        save_file({**tensors, key: torch.ones(2, 2)}, "other.safetensors")
+        save_file({key: torch.ones(2, 2)}, "alone.safetensors")
+        for file in ("other.safetensors", "alone.safetensors"):
+            for load in (load_mesh, load_kohya, load_edit):
+                with pytest.raises(FadeError, match=kind) as e:
+                    load(pipe, file)
+                assert file in str(e.value) and len(str(e.value).splitlines()) == 1
+    assert torch.equal(predicted(pipe), before)
+
+
+other_parts = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_w1_a": "LoHa",
+    "hada_t1": "LoHa",
+    "lokr_w1": "LoKr",
+    "lokr_w2_b": "LoKr",
+    "oft_blocks": "OFT",
+    "on_input": "IA3",
+    "a1.weight": "GLoRA",
+    "bm2.weight": "GLoRA",
+    "lora_mid.weight": "LoCon",
+    "diff": "full weights",
+    "diff_b": "full weights",
+    "w_norm": "full weights",
+    "lora_up.bias": "bias",
+    "scalar": "no part of a mesh",
+}
+other_keys = {
+    "unet.mid_block.attentions.0.proj_in.lora_magnitude_vector": "DoRA",
+    "unet.mid_block.attentions.0.proj_in.lora_B.bias": "bias",
+    "base_model.model.mid_block.attentions.0.proj_in.lora_A.weight": "PEFT",
+    "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": "text encoder",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": "text encoder",
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": "several text encoders",
+    "transformer.blocks.0.attn.to_q.lora_A.weight": "transformer",
+    "lora_transformer_single_blocks_0_attn_to_q.lora_down.weight": "transformer",
+    "unet.mid_block.attentions.0.proj_in.lora_embedding_A": "PEFT",
+    "emb_params": "textual inversion",
+}
+
+
+def old_name(key, processors):
+    "The name of a tensor in files of earlier versions of diffusers."
+    key = key.removeprefix("unet.").replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+    if processors and ".attn2." in key:
+        key = key.replace("attn2.", "attn2.processor.").replace("to_out.0", "to_out")
+        key = key.replace(".lora.", "_lora.")
+    return key
+
+
+@fault("half a file")
+def every_format_has_the_change_that_its_tensors_mean(place):
+    pipe, (tensors, wanted) = shipped(), kohya_tensors(shipped())
+    save_file(tensors, "kohya.safetensors")
+    mesh = load_mesh(pipe, "kohya.safetensors")
+    mesh.save("ours.safetensors")  # alphas differ: a pattern in the header
+    save_kohya(mesh, "again.safetensors")
+    mesh.detach()
+    plain = load_file("ours.safetensors")  # no header: alpha is the rank
+    for n in wanted:
+        plain[f"unet.{n}.lora_B.weight"] *= tensors[f"lora_unet_{n.replace('.', '_')}.alpha"] / 4
+    save_file(plain, "plain.safetensors")
+    for file, prefix, attention in (("old", "unet.", 0), ("raw", "", 0), ("processors", "", 1)):
+        renamed = {prefix + old_name(k, attention): v for k, v in plain.items()}
+        save_file(renamed, f"{file}.safetensors")
+    for file in ("kohya", "ours", "again", "plain", "old", "raw", "processors"):
+        mesh = load_mesh(pipe, f"{file}.safetensors")
+        assert not differ(layer_changes(pipe), wanted), file
+        mesh.detach()
+    for file in ("ours", "plain", "old"):  # what plain diffusers reads whole
+        pipe.load_lora_weights(".", weight_name=f"{file}.safetensors")
+        assert not differ(layer_changes(pipe), wanted), file
+        pipe.unload_lora_weights()
+
+
+def save_lora(file, pipe, rank=4, **header):
+    "A diffusers LoRA with this header, and the ΔW of its tensors at scale 1."
+    tensors, changes, g = {}, {}, generator("diffusers LoRA")
+    for n, m in lora_targets(pipe.unet).items():
+        if n.endswith(("to_k", "1.to_q")):
+            A, B = torch.randn(rank, m.in_features, generator=g), torch.randn(len(m.weight), rank)
+            tensors |= {f"unet.{n}.lora_A.weight": A, f"unet.{n}.lora_B.weight": B}
+            changes[n] = B @ A
+    header = {f"unet.{k}": v for k, v in header.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(header)} if header else None
+    save_file(tensors, file, metadata=metadata)
+    return changes
+
+
+both = dict(r=4, lora_alpha=2, target_modules=["to_k", "attn1.to_q"])
+one_third = {"attn2.to_k": 6}
+scales = {  # header, and the scale that it means for the first and the second attention
+    "no header": ({}, 1.0, 1.0),
+    "rslora": (both | dict(use_rslora=True), 1.0, 1.0),
+    "pattern": (both | dict(alpha_pattern=one_third), 0.5, 1.5),
+    "both": (both | dict(use_rslora=True, alpha_pattern=one_third), 1.0, 3.0),
+    "negative": (both | dict(lora_alpha=-4, lora_dropout=0.1), -1.0, -1.0),
+}
+
+
+@fault("half a file")
+def the_header_gives_the_scale(place):
+    pipe = shipped()
+    for name, (header, first, second) in scales.items():
+        changes = save_lora("a.safetensors", pipe, **header)
+        wanted = {n: (second if "attn2" in n else first) * w for n, w in changes.items()}
+        load_mesh(pipe, "a.safetensors").save("b.safetensors")
+        pipe.unet.unload_lora()
+        for file in ("a.safetensors", "b.safetensors"):
+            mesh = load_mesh(pipe, file)
+            assert not differ(layer_changes(pipe), wanted), (name, file)
+            save_kohya(mesh, "c.safetensors")
+            mesh.detach()
+            pipe.load_lora_weights(".", weight_name=file)
+            assert not differ(layer_changes(pipe), wanted), (name, file, "plain")
+            pipe.unload_lora_weights()
+        mesh = load_kohya(pipe, "c.safetensors")
+        assert not differ(layer_changes(pipe), wanted), (name, "kohya")
+        mesh.detach()
+
+
+@fault("half a file")
+def a_header_that_is_not_read_is_named(place):
+    pipe, before = shipped(), predicted(shipped())
+    for header, words in (
+        (dict(use_dora=True), "use_dora"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(bias="all"), "bias='all'"),
+        (dict(init_lora_weights="pissa"), "pissa"),
+        (dict(modules_to_save=["conv_in"]), "modules_to_save"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+        (dict(use_qalora=True), "use_qalora"),
+        (dict(setting_of_tomorrow=1), "setting_of_tomorrow"),
+        (dict(lora_alpha="much"), "alpha of"),
+        (dict(lora_alpha=float("nan")), "alpha of"),
+        (dict(alpha_pattern={"to_k": []}), "alpha of"),
+        (dict(alpha_pattern={"(": 1}), "damaged"),
+        (dict(alpha_pattern=[3]), "damaged"),
+        (dict(r=5), "gives rank 5"),
+        (dict(rank_pattern={"to_k": 2}), "gives rank 2"),
+        (dict(target_modules=["to_k"]), "other layers"),
+        (dict(target_modules=["to_k", "to_q", "to_v"]), "other layers"),
+        (dict(target_modules=None), "damaged"),
+    ):
+        save_lora("a.safetensors", pipe, **(both | header))
+        with pytest.raises(FadeError, match=words):
+            load_mesh(pipe, "a.safetensors")
+    for header in ("[1]", "{", '{"fade": 3}', '{"fade": [1]}', "null", '"r"'):
+        tensors = load_file("a.safetensors")
+        save_file(tensors, "b.safetensors", metadata={"lora_adapter_metadata": header})
+        if header != "null":  # as none
+            with pytest.raises(FadeError, match="damaged|Cannot read"):
+                load_edit(pipe, "b.safetensors")
+    assert torch.equal(predicted(pipe), before)
+
+
+@fault("half a file")
+def broken_tensors_are_refused(place):
+    pipe, (tensors, _) = shipped(), kohya_tensors(shipped())
+    up, down, alpha = (
+        next(k for k in tensors if e in k) for e in ("lora_up", "lora_down", "alpha")
+    )
+    tail = up.removeprefix("lora_unet_")
+    for change, words in (
+        ({up: None}, "one half|no lora_up"),
+        ({up: tensors[up] * float("inf")}, "not finite"),
+        ({up: tensors[up].to(torch.int8)}, "no part|another model"),
+        ({up: torch.zeros(0, 4), down: torch.zeros(4, 0)}, "another model"),
+        ({up: tensors[up][:, :0], down: tensors[down][:0]}, "another model"),
+        ({up: torch.tensor(1.0)}, "another model|do not fit"),
+        ({alpha: torch.ones(2)}, "alpha"),
+        ({alpha: torch.tensor(float("nan"))}, "alpha"),
+        ({f"unet.{tail.replace('.lora_up', '_lora.up')}": tensors[up].clone()}, "no part"),
+        (
+            {up.replace("_down_blocks_1", "_input_blocks_4"): tensors[up].clone()},
+            "half|no lora_down",
+        ),
+    ):
+        changed = {k: v for k, v in (tensors | change).items() if v is not None}
+        save_file({k: v.contiguous() for k, v in changed.items()}, "a.safetensors")
+        for load in (load_mesh, load_kohya):
+            with pytest.raises(FadeError, match=words):
+                load(pipe, "a.safetensors")
+    save_file({}, "a.safetensors")
+    with pytest.raises(FadeError, match="no LoRA layers"):
+        load_mesh(pipe, "a.safetensors")
+
+
+@fault("half a file")
+def a_saved_strength_is_the_one_that_was_seen(place):
+    pipe, original = shipped(), predicted(shipped())
+    for strength in (0.5, -1.0, 0.0):
+        mesh = random_mesh(pipe, rank=3).set_scale(strength)
+        seen = predicted(pipe)
+        mesh.save("mesh.safetensors")
+        save_kohya(mesh, "kohya.safetensors")
+        mesh.detach()
+        for load, file in ((load_mesh, "mesh"), (load_kohya, "kohya"), (load_mesh, "kohya")):
+            mesh = load(pipe, f"{file}.safetensors")
+            assert torch.allclose(predicted(pipe), seen, atol=1e-6), (strength, file)
+            mesh.detach()
+        pipe.load_lora_weights(".", weight_name="mesh.safetensors")
+        assert torch.allclose(predicted(pipe), seen, atol=1e-6), (strength, "plain diffusers")
+        pipe.unload_lora_weights()
+    assert torch.equal(predicted(pipe), original)
+
+
+@fault("half a file")
+def a_strength_set_by_diffusers_is_saved_too(place):
+    pipe, mesh = shipped(), random_mesh(shipped())
+    pipe.set_adapters("fade", {"unet": {"down": 0.25, "mid": 0.5, "up": 2.0}})
+    seen = predicted(pipe)
+    mesh.save("mesh.safetensors")
+    mesh.detach()
+    mesh = load_mesh(pipe, "mesh.safetensors")
+    assert torch.allclose(predicted(pipe), seen, atol=1e-6)
+    mesh.set_scale(0.5).save("half.safetensors")  # of a mesh that was read
+    seen = predicted(pipe)
+    mesh.detach()
+    mesh = load_mesh(pipe, "half.safetensors")
+    assert torch.allclose(predicted(pipe), seen, atol=1e-6)
+    mesh.detach()
+    with pytest.raises(FadeError, match="detached"):
+        mesh.save("again.safetensors")
+
+
+@fault("half a file")
+def the_strength_of_other_edits_is_saved(place):
+    pipe, original = shipped(), predicted(shipped())
+    edit = WeightEdit(pipe, "attn2.to_k")
+    for p in edit.params.values():
+        p.data += 0.05
+    for strength in (0.5, 2.0):
+        edit.set_scale(strength).save("edit.safetensors", method="uce")
+        seen = predicted(pipe)
+        edit.detach()
+        for load in (load_weight_edit, load_edit):
+            edit = load(pipe, "edit.safetensors")
+            assert torch.equal(predicted(pipe), seen)
+            edit.detach()
+        edit = load_weight_edit(pipe, "edit.safetensors")
+    edit.detach()
+    edit = Erasers(pipe, 8)
+    for p in edit.params.values():
+        p.data += 0.05
+    edit.set_scale(0.5).save("edit.safetensors")
+    seen = predicted(pipe)
+    edit.detach()
+    edit = load_erasers(pipe, "edit.safetensors")
+    assert torch.equal(predicted(pipe), seen) and edit.strength == 0.5
+    edit.detach()
+    assert torch.equal(predicted(pipe), original)
+
+
+spellings = (
+    "Crimson Daisy",
+    "crimson-daisy",
+    "CRIMSON_DAISY",
+    " crimson   daisy ",
+    "the crimson daisy",
+    "'crimson daisy'",
+    "“Crimson daisy”",
+    "\ufeffcrimson\u200b dai\u00adsy",
+    "crimson\u00a0daisy",
+    "crimson\u2011daisy",  # a hyphen that does not break
+    "ｃｒｉｍｓｏｎ　ｄａｉｓｙ",
+)
+different = (
+    ("St. Bernard", "bernard"),
+    ("C", "C++"),
+    ("C#", "C"),
+    ("black bird", "blackbird"),
+    ("resume", "résumé"),
+    ("日本", "日"),
+    ("犬", "猫"),
+    ("ver 1.5", "ver 15"),
+    ("A", "An"),
+    ("daisy 1", "daisy 2"),
+    ("🦉", "🐶"),
+    ("-", "+"),
+)
+
+
+@fault("one concept, several spellings")
+def a_target_is_found_in_every_spelling(place):
+    for spelling in spellings:
+        target, concepts = find_target(spelling, "few.txt")
+        assert target == "crimson daisy", spelling
+        assert concepts.besides(spelling) == few[1:]
+        assert default_out("fade", spelling) == Path("runs/crimson-daisy")
+    pairs = (
+        ("Häher", unicodedata.normalize("NFD", "häher")),
+        ("l’owl", "L'Owl"),
+        ("Straße", "STRASSE"),
+    )
+    for here, there in pairs:
+        place.write("mine.txt", there, "jay")
+        assert find_target(here, "mine.txt")[0] == clean_name(there)
+        assert concept_set("mine.txt").besides(here) == ["jay"]
+
+
+@fault("one concept, several spellings")
+def different_concepts_stay_two(place):
+    for a, b in different:
+        place.write("mine.txt", a, b, "other")
+        assert len(concept_set("mine.txt").names) == 3, (a, b)
+        assert len({default_out("fade", a), default_out("fade", b)}) == 2
+
+
+@fault("one concept, several spellings")
+def a_target_is_never_its_own_neighbor(place):
+    names = [*few, "Golden Daisy", "GOLDEN-DAISY", "golden daisy", "Crimson-Daisy"]
+    place.write("case.txt", *names)
+    assert concept_set("case.txt").names == tuple(few)
+    mine = ConceptSet("mine", tuple(names))  # not read from a file
+    cache = ImageCache(shipped(), Sampler(2))
+    for candidates in ("case.txt", mine):
+        hood = neighborhood(cache, "CRIMSON DAISY", candidates, k=1, m=1)
+        assert sorted(hood.names) == sorted(few[1:]) and hood.target == "crimson daisy"
+    for given in ("Golden-daisy", "the golden daisy"):
+        config = RunConfig(target=given, candidates="case.txt", k=3, out="r")
+        with pytest.raises(FadeError, match="there are 3 candidates"):
+            resolve_config(config)
+
+
+lists = {  # file, content, and the names in it
+    "a.csv": ('name,count\n"blue jay",3\n# birds\ncardinal,4\n', "blue jay|cardinal"),
+    "b.csv": ("count;Name\n3;blue jay\n4;cardinal\n", "blue jay|cardinal"),
+    "c.csv": ('blue jay\n"cardinal, red"\n', "blue jay|cardinal, red"),
+    "d.tsv": ("id\tspecies\n1\tblue jay\n2\tcardinal\n", "blue jay|cardinal"),
+    "e.txt": ("name,count\nblue jay,3\n", "blue jay"),
+    "f.txt": ("# birds\n\n* blue jay\n* [ ] cardinal\n---\n", "blue jay|cardinal"),
+    "g.txt": ("1. blue jay\n2. cardinal\n", "blue jay|cardinal"),
+    "h.txt": ("1. FC Köln\nHamburger SV\n", "1. FC Köln|Hamburger SV"),
+    "i.txt": ("'blue jay',\n'cardinal',\n", "blue jay|cardinal"),
+    "j.txt": ('["blue jay", "cardinal"]', "blue jay|cardinal"),
+    "k.txt": ("['blue jay', 'cardinal',]", "blue jay|cardinal"),
+    "l.json": ('[\n\t"blue jay",\n\t"cardinal"\n]', "blue jay|cardinal"),
+    "m.yaml": ("# birds\n- blue jay # rare\n- cardinal\n", "blue jay|cardinal"),
+    "n.md": ("# Birds\n- **blue jay**\n- [cardinal](https://x.org)\n", "blue jay|cardinal"),
+    "o.txt": ("blue jay  # rare\nC#\n#1 dad\n", "blue jay|C#|#1 dad"),
+    "p.txt": ("n01530575-brambling\nn01531178-goldfinch\n", "brambling|goldfinch"),
+    "q.txt": ("001.Black_footed_Albatross\n002.Crow\n", "Black footed Albatross|Crow"),
+    "r.txt": ("blue jay\r\rcardinal\r", "blue jay|cardinal"),
+    "s.txt": ("AC/DC\nJack & Jill\n🦉 owl\n", "AC/DC|Jack & Jill|🦉 owl"),
+}
+no_lists = {  # file, content, and words of the sentence
+    "a.txt": ("blue jay\nowl, barn\n", "Line 2"),
+    "b.txt": ("blue jay\nowl\t3\n", "Line 2"),
+    "c.txt": ("| name | n |\n|---|---|\n", "Line 1"),
+    "d.txt": ("x\n1. blue jay\n2. cardinal\n", "Line 2"),
+    "e.txt": ("blue jay\n\n" + "word " * 40, "Line 3"),
+    "f.csv": ("jay,3\nowl,4\n", "Line 1"),
+    "g.csv": ("name,count\njay,3\nowl, barn,4\n", "Line 3"),
+    "h.csv": ("name,count\njay,3\n,4\n", "Line 3"),
+    "i.csv": ('name,count\n"jay,3\nowl,4\n', "Line 2"),
+    "j.json": ('{"names": ["jay"]}', "no list"),
+    "k.json": ('["jay", 3]', "Entry 2"),
+    "l.json": ('["jay",', "line 1"),
+    "m.yaml": ("- jay\n- no\n", "Entry 2"),
+    "n.yaml": ("- jay\n- {owl: 3}\n", "Entry 2"),
+    "o.txt": ('{"name": "jay"}\n{"name": "owl"}\n', "Line 1"),
+    "p.txt": ("{\\rtf1 jay}\n", "plain text"),
+    "q.txt": ("<!DOCTYPE html>\n<p>jay\n", "plain text"),
+    "r.txt": ("# only\n# comments\n", "is empty"),
+}
+
+
+@fault("a list is a list")
+def lists_are_read_in_the_forms_they_have(place):
+    for file, (content, names) in lists.items():
+        Path(file).write_bytes(content.encode())
+        assert "|".join(concept_set(file).names) == names, file
+
+
+@fault("a list is a list")
+def what_is_no_list_of_names_is_refused(place):
+    (place.folder / "bad").mkdir()
+    for file, (content, words) in no_lists.items():
+        path = Path("bad", file)
+        path.write_bytes(content.encode())
+        with pytest.raises(FadeError, match=words) as e:
+            concept_set(path)
+        assert file in str(e.value) and len(str(e.value).splitlines()) == 1
+    for content in ("jay\nowl\n".encode("utf-16"), b"PK\3\4\0\0", "Häher".encode("latin-1")):
+        Path("bad.txt").write_bytes(content)
+        place.refuses("not plain text in UTF-8", "concepts", "bad.txt")
+    place.refuses("There is no concept set", "concepts", "./bad")
+
+
+@fault("two things with one name")
+def a_list_is_never_a_set_that_ships(place):
+    garden = concept_set("garden")
+    place.write("garden.txt", *few)
+    place.write("garden", *few)
+    place.write("kennel", *few[:2], "azure finch", "hooded owl")
+    assert concept_set("garden") == garden
+    for mine in ("./garden", "garden.txt", Path("garden"), Path("garden.txt").resolve()):
+        cs = find_target("crimson daisy", mine)[1]
+        assert cs.names == tuple(few) and cs.name not in concept_sets()
+        assert not cs.attributes and not cs.superclass and not unrelated_concepts(cs.name)
+        config = RunConfig(target="crimson daisy", candidates=mine, k=2, out="r")
+        assert resolve_config(config).concepts == cs
+
+
+@fault("two things with one name")
+def two_lists_with_one_file_name_are_two(place):
+    Path("l").mkdir()
+    place.write("l/few.txt", *few[:1], "ivory spitz", "golden shepherd", "violet lily")
+    place.write("l/same.txt", "# the same", *few)
+    one, other = concept_set("few.txt").name, concept_set("l/few.txt").name
+    assert one != other and one.startswith("few-") and other.startswith("few-")
+    assert concept_set("l/same.txt").name[-8:] == one[-8:]
+    name = Path("few.txt").rename("l/moved.txt")
+    assert concept_set(name).names == tuple(few)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(path, drop=0, **changes):
+    "Replace tensors of a file, or leave the first ones out."
+    tensors = {k: v for k, v in sorted(load_file(path).items())[drop:]}
+    changes = {k: v(tensors[k]) if callable(v) else v for k, v in changes.items()}
+    save_file(tensors | changes, path, metadata={"format": "pt"})
+
+
+def to_variant(path, variant="fp16"):
+    return path.rename(path.with_suffix(f".{variant}.safetensors"))
+
+
+UNET, VAE, TEXT = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+
+
+@fault("one sentence for every reason")
+def variants_of_the_weights_load(place):
+    wanted = predicted(shipped())
+    for i, parts in enumerate(((UNET, VAE, TEXT), (UNET,), (TEXT,))):
+        model = place.model(f"v{i}")
+        for part in parts:
+            to_variant(model / part)
+        assert torch.equal(predicted(load_pipeline(model)), wanted)
+    model = place.model()  # full beside half precision, EMA and pickles: the usual weights are read
+    for name in ("fp16.safetensors", "non_ema.safetensors", "bin"):
+        shutil.copy(model / VAE, (model / UNET).with_suffix(f".{name}"))
+    assert torch.equal(predicted(load_pipeline(model)), wanted)
+    to_variant(model / UNET, "bf16")
+    (model / UNET).with_suffix(".fp16.safetensors").unlink()
+    (model / UNET).with_suffix(".non_ema.safetensors").unlink()
+    assert torch.equal(predicted(load_pipeline(model)), wanted)
+
+
+def nine_channels(m):
+    edit_json(m / "unet/config.json", in_channels=9)
+    wider = {"conv_in.weight": lambda v: torch.cat([v, torch.zeros(len(v), 5, 3, 3)], 1)}
+    edit_weights(m / UNET, **wider)
+
+
+def guidance_embedding(m):
+    edit_json(m / "unet/config.json", time_cond_proj_dim=8)
+    edit_weights(m / UNET, **{"time_embedding.cond_proj.weight": torch.zeros(64, 8)})
+
+
+def other_vocabulary(m):
+    tokenizer = json.loads((m / "tokenizer/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {f"{letter}{letter}{letter}": len(vocab) + i for i, letter in enumerate("qxyz")}
+    edit_json(m / "tokenizer/tokenizer.json", model=tokenizer["model"])
+
+
+def split_words(m):
+    tokenizer = json.loads((m / "tokenizer/tokenizer.json").read_text())
+    edit_json(m / "tokenizer/tokenizer.json", model=tokenizer["model"] | {"merges": []})
+
+
+def cut(file):
+    return lambda m: (m / file).write_bytes((m / file).read_bytes()[: 1 << 15])
+
+
+def index(**changes):
+    return lambda m: edit_json(m / "model_index.json", **changes)
+
+
+def unet(**changes):
+    return lambda m: edit_json(m / "unet/config.json", **changes)
+
+
+def scheduler(**changes):
+    return lambda m: edit_json(m / "scheduler/scheduler_config.json", **changes)
+
+
+broken_models = {  # words of the sentence, and what happens to the model's folder
+    "has no vae": lambda m: shutil.rmtree(m / "vae"),
+    "has no tokenizer": lambda m: shutil.rmtree(m / "tokenizer"),
+    "has no scheduler": lambda m: shutil.rmtree(m / "scheduler"),
+    "no model_index.json": lambda m: (m / "model_index.json").unlink(),
+    "unet.diffusion_pytorch_model.safetensors is damaged": cut(UNET),
+    "text_encoder.model.safetensors is damaged": cut(TEXT),
+    "Git LFS": lambda m: (m / VAE).write_text("version https://git-lfs.github.com/spec/v1\n"),
+    "unet.config.json is no valid JSON": lambda m: (m / "unet/config.json").write_text("{"),
+    "tokenizer.json is no valid JSON": lambda m: (m / "tokenizer/tokenizer.json").write_text("{"),
+    "model_index.json as JSON": lambda m: (m / "model_index.json").write_text("{"),
+    "no configuration": lambda m: (m / "model_index.json").write_text("[1]"),
+    "no weights as .safetensors": lambda m: (m / TEXT).rename((m / TEXT).with_suffix(".bin")),
+    "weights of m.unet do not fit": lambda m: edit_weights(m / UNET, drop=2),
+    "weights of m.vae do not fit": lambda m: edit_weights(m / VAE, extra=torch.ones(2)),
+    "weights of m.text_encoder do not fit": lambda m: edit_weights(m / TEXT, drop=1),
+    "Cannot load m as": lambda m: edit_weights(m / VAE, **{"decoder.conv_in.bias": torch.ones(3)}),
+    "is a StableDiffusionXLPipeline": index(_class_name="StableDiffusionXLPipeline"),
+    "is a StableDiffusion3Pipeline": index(_class_name="StableDiffusion3Pipeline"),
+    "is a FluxPipeline": index(_class_name="FluxPipeline", unet=None),
+    "is a StableDiffusionInpaintPipeline": index(_class_name="StableDiffusionInpaintPipeline"),
+    "has T5EncoderModel as its text_encoder": index(
+        text_encoder=["transformers", "T5EncoderModel"]
+    ),
+    "has nothing as its unet": index(unet=[None, None]),
+    "has AutoencoderDC as its vae": index(vae=["diffusers", "AutoencoderDC"]),
+    "has nothing as its tokenizer": index(tokenizer=[None, None]),
+    "has nothing as its scheduler": index(scheduler=[None, None]),
+    "a tokenizer of 2 tokens": lambda m: (m / "tokenizer/tokenizer.json").unlink(),
+    "a tokenizer of length": lambda m: (m / "tokenizer/tokenizer_config.json").unlink(),
+    "a tokenizer of 66. tokens and a text encoder of 658": other_vocabulary,
+    "splits its own words": split_words,
+    "9 channels in and 4 out": nine_channels,
+    "time_cond_proj_dim": guidance_embedding,
+    r"sample_size \[16, 16\]": unet(sample_size=[16, 16]),
+    r"sample_size \[16, 24\]": unet(sample_size=[16, 24]),
+    "sample_size None": unet(sample_size=None),
+    "sample_size 0": unet(sample_size=0),
+    "num_class_embeds|do not fit": unet(num_class_embeds=10),
+    "addition_embed_type|do not fit|Cannot": unet(addition_embed_type="text_time"),
+    "Cannot load m as .*": unet(block_out_channels="much"),
+    "FlowMatchEulerDiscreteScheduler of flow": index(
+        scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    ),
+    "of flow matching": scheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+    "prediction type sample": scheduler(prediction_type="sample"),
+    "EDMEulerScheduler with": index(scheduler=["diffusers", "EDMEulerScheduler"]),
+}
+
+
+@pytest.mark.parametrize("words", broken_models)
+def test_a_broken_model_is_told_apart(place, capsys, words):
+    broken_models[words](place.model())
+    with pytest.raises(FadeError, match=words) as e:
+        load_pipeline("m")
+    out = capsys.readouterr()
+    assert len(str(e.value).splitlines()) == 1 and out.err == out.out == ""
+
+
+@fault("one sentence for every reason")
+def what_is_no_folder_is_told_apart(place):
+    few = "neighborhood hooded_owl --candidates few.txt --k 2 --model".split()
+    model = place.model()
+    place.refuses("is a single file: convert it once", *few, model / UNET)
+    place.write("model.ckpt", "x")
+    place.refuses("from_single_file", *few, "model.ckpt")
+    place.refuses("There is no folder nowhere:", *few, "nowhere")
+    place.refuses("There is no folder ./a/b:", *few, "./a/b")
+    place.refuses("There is no folder a/b/c:", *few, "a/b/c")
+    place.refuses("the hub cannot be reached", *few, "CompVis/stable-diffusion-v1-4")
+    place.refuses("no model_index.json", *few, model / "unet")
+
+
+class Gone(Exception):
+    "An error of another library."
+
+
+@fault("one sentence for every reason")
+def errors_of_the_hub_are_told_apart(place):
+    for name, text, words in (
+        ("GatedRepoError", "401 Client Error", "accept its terms"),
+        ("OSError", "You are trying to access a gated repo.\nMake sure", "accept its terms"),
+        ("RepositoryNotFoundError", "404 Client Error", "no public model of that name"),
+        ("LocalEntryNotFoundError", "x", "cannot be reached"),
+        ("ConnectTimeout", "x", "cannot be reached"),
+        ("OSError", "no file named model.safetensors", "convert them"),
+        ("KeyError", "x", "another reason"),
+    ):
+        error = type(name, (Gone,), {})(text)
+        wrapped = OSError("x does not appear to have a file named config.json")
+        wrapped.__cause__ = error
+        assert words in str(load_error(wrapped, "a/b", "another reason")), name
+
+
+@fault("pipelines that end in a traceback")
+def a_pipeline_that_is_handed_over_is_checked(place):
+    pipe = load_pipeline()
+    require_supported(pipe)
+
+    def refused(words, other=pipe):
+        with pytest.raises(FadeError, match=words) as e:
+            require_supported(other)
+        assert len(str(e.value).splitlines()) == 1
+
+    for other in ("model", None, pipe.unet, SimpleNamespace(unet=pipe.unet)):
+        refused("This is a", other)
+    for kind in (StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline):
+        refused(f"This is a {kind.__name__}", kind.from_pipe(pipe))
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        was = getattr(pipe, part)
+        setattr(pipe, part, None)
+        refused(f"has no {part}")
+        setattr(pipe, part, was)
+    for part in ("unet", "text_encoder", "vae"):
+        was = getattr(pipe, part)
+        setattr(pipe, part, torch.compile(was, backend="eager"))
+        refused(f"compiled {part}: use pipe.{part}.compile")
+        setattr(pipe, part, was)
+    unet = pipe.unet
+    for option, value, words in (
+        ("encoder_hid_dim_type", "ip_image_proj", "unload_ip_adapter"),
+        ("addition_embed_type", "text_time", "addition_embed_type"),
+        ("class_embed_type", "timestep", "class_embed_type"),
+        ("in_channels", 8, "8 channels in and 4 out"),
+        ("out_channels", 8, "4 channels in and 8 out"),
+        ("attention_type", "gated", "gated attention"),
+        ("cross_attention_dim", 768, "prompts of width 768"),
+        ("cross_attention_dim", [128, 768], r"prompts of width \[128, 768\]"),
+        ("sample_size", (16, 16), "write one number"),
+    ):
+        was = unet.config[option]
+        unet.register_to_config(**{option: value})
+        refused(words)
+        unet.register_to_config(**{option: was})
+    require_supported(pipe)
+    accelerate.hooks.add_hook_to_module(unet.mid_block, accelerate.hooks.ModelHook())
+    refused("remove_all_hooks")
+    accelerate.hooks.remove_hook_from_module(unet.mid_block)
+    pipe.vae.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    refused("layerwise_casting")
+    require_supported(load_pipeline(dtype="bfloat16"))
+    pipe = load_pipeline()
+    pipe.unet.to(torch.float64)
+    refused("weights of torch.float64", pipe)
 
 
 # --- records, settings, numbers, figures; sharing ---

@@ -250,9 +250,9 @@ def save(
     path: str | Path,  # a `.safetensors` file
     **about: Any,  # what is saved with it, anything JSON can hold
 ) -> None:
-    "Write the erasers."
+    "Write the erasers and their strength."
     self.require_promised()
-    self.about = {**self.about, **about}
+    self.about = {**self.about, **about, "strength": self.strength}
     save_tensors(path, self.params, self.about)
 
 
@@ -264,7 +264,9 @@ def load_erasers(
 ) -> Erasers:
     "Attach saved erasers. Raises `FadeError` where the file or the model differs."
     tensors, about = load_tensors(path)
-    require_same_model(pipe, about or {}, f"edit {path}")
+    about = {"strength": 1.0, **(about or {})}
+    require_same_model(pipe, about, f"edit {path}")
+    require_finite_strength(about["strength"], "erasers")
     widths = {len(v) for n, v in tensors.items() if n.endswith("down.bias")}
     require(len(widths) == 1, f"The file {path} holds no erasers: give one that Receler has saved.")
     edit = Erasers(pipe, widths.pop(), name, about=about)
@@ -277,7 +279,7 @@ def load_erasers(
     for n, p in edit.params.items():
         p.data.copy_(tensors[n])
         p.requires_grad_(False)
-    return edit
+    return edit.set_scale(about["strength"])
 
 
 # %% ../../nbs/56_receler.ipynb #605e28b0

@@ -4,10 +4,22 @@
 
 # %% auto #0
 __all__ = [
+    "pipeline_classes",
+    "part_classes",
+    "unet_inputs",
     "dtypes",
     "active_counters",
     "default_device",
+    "require_local",
     "read_config",
+    "weight_variant",
+    "read_part",
+    "part_problems",
+    "unet_problems",
+    "tokenizer_problems",
+    "scheduler_problems",
+    "require_supported",
+    "quiet_loading",
     "read_pipeline",
     "load_pipeline",
     "merge_settings",
@@ -37,6 +49,9 @@ __all__ = [
 
 # %% ../../nbs/20_pipeline.ipynb #8e028a26
 import inspect
+import logging
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,11 +61,18 @@ from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
+import transformers
 import yaml
-from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionPipeline
-from safetensors import SafetensorError
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import CLIPTextModel
 
 from ..core import FadeError, data_path, in_batches, load_error, load_json, logger, require
 
@@ -64,25 +86,227 @@ def default_device() -> str:
 
 
 # %% ../../nbs/20_pipeline.ipynb #253ec308
+pipeline_classes = (StableDiffusionPipeline,)
+part_classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+
+
+def require_local(
+    source: str | Path,  # a diffusers folder or hub id
+) -> None:
+    "Raise `FadeError` for a path that is no diffusers folder."
+    path, give = Path(source), "give a folder that save_pretrained has written"
+    require(
+        not path.is_file(),
+        f"{source} is a single file: convert it once with StableDiffusionPipeline."
+        f"from_single_file({str(source)!r}).save_pretrained('folder'), and give the folder.",
+    )
+    index = path / "model_index.json"
+    require(
+        not path.is_dir() or index.is_file(),
+        f"The folder {source} is no diffusers pipeline, since it has no model_index.json: {give}.",
+    )
+    require(
+        path.is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(source)),
+        f"There is no folder {source}: {give}, or a hub id such as CompVis/stable-diffusion-v1-4.",
+    )
+    for part in (*part_classes, "tokenizer", "scheduler"):
+        require(
+            not path.is_dir() or (path / part).is_dir(),
+            f"The folder {source} has no {part}: it is not whole, download it again.",
+        )
+
+
+# %% ../../nbs/20_pipeline.ipynb #8fd5add0
 def read_config(
     source: str | Path,  # a diffusers folder or hub id
 ) -> dict[str, Any]:  # the content of `model_index.json`
     "A pipeline's configuration. Raises `FadeError` unless it is of Stable Diffusion 1 or 2."
-    require(
-        not Path(source).is_dir() or (Path(source) / "model_index.json").is_file(),
-        f"The folder {source} is no diffusers pipeline, since it has no model_index.json: "
-        "give a folder that save_pretrained has written.",
-    )
-    config = StableDiffusionPipeline.load_config(source)
-    require(
-        "text_encoder_2" not in config,
-        f"{source} has a second text encoder, and fade supports Stable Diffusion 1 and 2 only: "
-        "choose one of those.",
-    )
+    require_local(source)
+    index = Path(source) / "model_index.json"
+    config = load_json(index) if index.is_file() else StableDiffusionPipeline.load_config(source)
+    require(isinstance(config, dict), f"{index} is no configuration: download it again.")
+    only = "and fade supports Stable Diffusion 1 and 2 only: choose one of those"
+    name, names = config.get("_class_name"), [c.__name__ for c in pipeline_classes]
+    require(name in (None, *names), f"{source} is a {name}, {only}.")
+    kinds = {part: kind.__name__ for part, kind in part_classes.items()}
+    for part, kind in {**kinds, "tokenizer": "CLIPTokenizer(Fast)?", "scheduler": r"\w+"}.items():
+        found = config.get(part) or ""
+        found = str(found[-1] or "nothing") if isinstance(found, list) and found else "nothing"
+        fits = re.fullmatch(kind, found) and found != "nothing"
+        require(fits, f"{source} has {found} as its {part}, {only}.")
     return config
 
 
+# %% ../../nbs/20_pipeline.ipynb #232285a1
+def weight_variant(
+    folder: Path,  # of a part
+) -> str | None:  # such as `fp16`; None for the usual weights
+    "The variant of the weights in a folder. Raises `FadeError` where there are none."
+    name = (
+        r"(?:diffusion_pytorch_)?model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index\.json)?"
+    )
+    found = [re.fullmatch(name, path.name) for path in sorted(folder.glob("*"))]
+    variants = [o[1] for o in found if o]
+    if not variants:
+        raise load_error(OSError("no safetensors"), folder, "")
+    return None if None in variants else "fp16" if "fp16" in variants else variants[0]
+
+
+# %% ../../nbs/20_pipeline.ipynb #9801b920
+def read_part(
+    source: str | Path,  # a diffusers folder or hub id
+    part: str,  # a key of `part_classes`
+    dtype: torch.dtype,
+) -> nn.Module:
+    "A part of a pipeline. Raises `FadeError` unless each of its weights is in the file."
+    options = dict(subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    read = part_classes[part].from_pretrained
+    variant = weight_variant(Path(source) / part) if Path(source).is_dir() else None
+    try:
+        model, info = read(source, variant=variant, **options)
+    except OSError as e:  # on the hub there may be no other variant
+        try:
+            model, info = read(source, variant="fp16", **options)
+        except OSError:
+            raise e
+    lost = sorted(info["missing_keys"])
+    lost += [] if part == "text_encoder" else sorted(info["unexpected_keys"])
+    require(
+        not lost,
+        f"The weights of {source}/{part} do not fit its config.json, such as {lost[:1]}: "
+        "it is not whole, download it again.",
+    )
+    return model
+
+
+# %% ../../nbs/20_pipeline.ipynb #8c90f1c9
+def part_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
+    "What is missing, wrapped or of another kind."
+    for part in (*part_classes, "tokenizer", "scheduler"):
+        model, kind = getattr(pipe, part, None), part_classes.get(part, object)
+        if model is None:
+            yield f"has no {part}: load all of it"
+        if hasattr(model, "_orig_mod"):
+            yield f"has a compiled {part}: use pipe.{part}.compile(), which compiles in place"
+        if not isinstance(model, kind):
+            yield f"has {type(model).__name__} as its {part}, not {kind.__name__}: load another one"
+        modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        hooks = {"offloading" for m in modules if hasattr(m, "_hf_hook")}
+        hooks |= {
+            k for m in modules if hasattr(m, "_diffusers_hook") for k in m._diffusers_hook.hooks
+        }
+        if hooks or getattr(pipe, "_all_hooks", None):
+            yield (
+                f"moves or changes its weights at each step ({', '.join(hooks) or 'offloading'}): "
+                "call pipe.remove_all_hooks() and pipe.to(device), or load it without offloading"
+            )
+        dtypes = {p.dtype for m in modules for p in m.parameters(recurse=False)}
+        if other := dtypes - {torch.float32, torch.bfloat16, torch.float16}:
+            yield f"has weights of {other.pop()} in its {part}: load it in float32 or bfloat16"
+
+
+# %% ../../nbs/20_pipeline.ipynb #3f18169a
+unet_inputs = {  # options of a U-Net, and the input that each stands for
+    "time_cond_proj_dim": "a guidance scale as input, as models distilled to few steps do",
+    "encoder_hid_dim_type": "images or projected prompts as input (pipe.unload_ip_adapter() helps)",
+    "encoder_hid_dim": "projected prompts as input",
+    "addition_embed_type": "a size or another condition as input, as Stable Diffusion XL does",
+    "class_embed_type": "a class label or noise level as input",
+    "num_class_embeds": "a class label as input",
+}
+
+
+def unet_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
+    "What the U-Net needs that is not given to it."
+    config, channels = pipe.unet.config, pipe.vae.config.latent_channels
+    for option, what in unet_inputs.items():
+        if config.get(option) is not None:
+            yield f"has a U-Net that takes {what} ({option}): choose a model without it"
+    if config.attention_type != "default":
+        yield f"has a U-Net with {config.attention_type} attention: choose a model without it"
+    if (config.in_channels, config.out_channels) != (channels, channels):
+        what = f"{config.in_channels} channels in and {config.out_channels} out"
+        yield (
+            f"has a U-Net with {what} for latents of {channels}, as for inpainting, upscaling or "
+            "editing: choose a text-to-image model"
+        )
+    if type(config.sample_size) is not int or config.sample_size < 1:
+        yield (
+            f"has the sample_size {config.sample_size}: write one number, the side of the latents, "
+            "into unet/config.json, such as 64"
+        )
+    width, dims = pipe.text_encoder.config.hidden_size, config.cross_attention_dim
+    if {*(dims if isinstance(dims, (list, tuple)) else [dims])} != {width}:
+        yield f"has a U-Net for prompts of width {dims} and a text encoder of {width}: correct one"
+
+
+# %% ../../nbs/20_pipeline.ipynb #655fe5da
+def tokenizer_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
+    "Where the tokenizer does not fit the text encoder."
+    tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
+    again = "download the folder tokenizer again"
+    n, size = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    if n < 0.98 * size or max(tokenizer.get_vocab().values()) >= size:
+        yield f"has a tokenizer of {n} tokens and a text encoder of {size}: {again}"
+    length, longest = tokenizer.model_max_length, encoder.config.max_position_embeddings
+    if length > longest:
+        yield f"has a tokenizer of length {length} and a text encoder of {longest}: {again}"
+    words = [t[:-4] for t in tokenizer.get_vocab() if re.fullmatch(r"[a-z]{4,}</w>", t)]
+    words = sorted(words, key=len)[-20:]
+    if sum(len(tokenizer.tokenize(w)) > 1 for w in words) > len(words) / 2:
+        yield f"has a tokenizer that splits its own words, such as '{words[-1]}': {again}"
+
+
+def scheduler_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
+    "Where the scheduler is not one of noise prediction."
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    choose = "choose a model of Stable Diffusion 1 or 2, or one of its schedulers"
+    if "Flow" in name or config.get("use_flow_sigmas"):
+        yield f"has the scheduler {name} of flow matching: {choose}"
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction") or not hasattr(pipe.scheduler, "alphas_cumprod"):
+        yield f"has the scheduler {name} with prediction type {kind}: {choose}"
+
+
+# %% ../../nbs/20_pipeline.ipynb #ab30ae0f
+def require_supported(
+    pipe: Any,  # a pipeline, read or handed over
+) -> None:
+    "Raise `FadeError` for the first reason why results of a pipeline would be wrong."
+    require(
+        isinstance(pipe, pipeline_classes),
+        f"This is a {type(pipe).__name__}, and fade supports pipelines of Stable Diffusion 1 and 2 "
+        "only: give one from load_pipeline or StableDiffusionPipeline.from_pretrained.",
+    )
+    for problems in (part_problems, tokenizer_problems, unet_problems, scheduler_problems):
+        problem = next(problems(pipe), "")
+        require(not problem, f"The pipeline {pipe.name_or_path or ''} {problem}.")
+
+
 # %% ../../nbs/20_pipeline.ipynb #017bd111
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    "Without the messages and bars of libraries, which come before and after an error."
+    logs = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [log.level for log in logs]
+    kits = [kit.utils.logging for kit in (diffusers, transformers)]
+    kits = [kit for kit in kits if kit.is_progress_bar_enabled()]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for log in logs:
+                log.setLevel(logging.CRITICAL)
+            for kit in kits:
+                kit.disable_progress_bar()
+            yield
+    finally:
+        for log, level in zip(logs, levels):
+            log.setLevel(level)
+        for kit in kits:
+            kit.enable_progress_bar()
+
+
+# %% ../../nbs/20_pipeline.ipynb #5d7d2396
 def read_pipeline(
     source: str | Path,  # a diffusers folder or hub id
     dtype: torch.dtype,
@@ -90,15 +314,21 @@ def read_pipeline(
     "A pipeline on the CPU, without safety checker. Raises `FadeError` if it cannot be read."
     options = dict(safety_checker=None, requires_safety_checker=False, dtype=dtype)
     try:
-        config = read_config(source)
-        pipe = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
-    except (OSError, ValueError, AttributeError, SafetensorError) as e:
+        with quiet_loading():
+            config = read_config(source)
+            options |= {part: read_part(source, part, dtype) for part in part_classes}
+            pipe = StableDiffusionPipeline.from_pretrained(source, use_safetensors=True, **options)
+    except FadeError:
+        raise
+    except Exception as e:
+        why = " ".join(str(e).split())[:200]
         raise load_error(
             e,
             source,
-            f"Cannot load {source} as a Stable Diffusion pipeline: "
+            f"Cannot load {source} as a Stable Diffusion pipeline ({why}): "
             "give a diffusers folder or a hub id such as CompVis/stable-diffusion-v1-4.",
         ) from e
+    require_supported(pipe)
     if (config.get("safety_checker") or [None])[0]:
         logger.info(
             "The safety checker of %s is off: its images are shown and classified unfiltered.",

@@ -11,7 +11,6 @@ __all__ = [
     "group_by_layer",
     "require_whole",
     "read_kohya",
-    "inject_lora",
     "load_kohya",
     "kohya_header",
     "save_kohya",
@@ -31,13 +30,20 @@ import pandas as pd
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from matplotlib.figure import Figure
-from peft import LoraConfig
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..core import FadeError, atomic_write, require
+from fade.mesh import (
+    Mesh,
+    alpha_in_effect,
+    inject_lora,
+    lora_targets,
+    open_lora,
+    require_free_name,
+    require_lora_fits,
+)
+
+from ..core import atomic_write, require
 from ..figures import figure
-from ..mesh import Mesh, injection, lora_targets, require_free_name, require_lora_fits
 
 
 # %% ../../nbs/80_kohya.ipynb #ab20d87c
@@ -56,14 +62,7 @@ def open_kohya(
     path: Path,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:  # tensors by key, and the header
     "The content of a safetensors file. Raises `FadeError` for another file or a diffusers LoRA."
-    try:
-        with safe_open(path, "pt") as f:
-            header = f.metadata() or {}
-        tensors = load_file(path)
-    except Exception as e:
-        raise FadeError(
-            f"Cannot read {path} as a kohya file ({e}): give a whole .safetensors file."
-        ) from e
+    tensors, header = open_lora(path)
     require(
         not any("lora_A" in k for k in tensors),
         f"The file {path} is a diffusers LoRA, not a kohya file: load it with fade.mesh.load_mesh.",
@@ -81,12 +80,12 @@ def group_by_layer(
     for key, tensor in tensors.items():
         name, _, suffix = key.partition(".")
         require(
-            name.startswith("lora_unet_") and suffix in kinds,
+            name.startswith("lora_unet_") and suffix in kinds and tensor.is_floating_point(),
             f"The file {path} contains '{key}', which is no part of a mesh: give a file with "
             "lora_unet_….lora_down.weight, lora_up.weight and alpha only.",
         )
         require(
-            tensor.isfinite().all(),
+            tensor.float().isfinite().all(),
             f"The file {path} has values in '{key}' that are not finite: "
             "download or train it again.",
         )
@@ -136,29 +135,6 @@ def read_kohya(
     return layers, header
 
 
-# %% ../../nbs/80_kohya.ipynb #f84f4b53
-def inject_lora(
-    pipe: StableDiffusionPipeline,
-    layers: dict[str, dict[str, torch.Tensor]],  # layer name to `down`, `up`, `alpha`
-    name: str,  # of the adapter
-    about: dict[str, Any],  # metadata
-) -> Mesh:
-    "A mesh with these weights, frozen, at its full strength."
-    ranks = {n: len(layer["down"]) for n, layer in layers.items()}
-    alphas = {n: layer["alpha"].item() for n, layer in layers.items()}
-    config = LoraConfig(target_modules=list(layers), rank_pattern=ranks, alpha_pattern=alphas)
-    config.r, config.lora_alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    with injection(pipe, name) as before, torch.random.fork_rng():
-        pipe.unet.add_adapter(config, adapter_name=name)
-        mesh = Mesh(pipe, name, before, about)
-    for n, layer in layers.items():
-        for half, kind in (("lora_A", "down"), ("lora_B", "up")):
-            weight = getattr(mesh.layers[n], half)[name].weight
-            weight.data = layer[kind].to(weight.device, torch.float32)
-            weight.requires_grad_(False)
-    return mesh
-
-
 # %% ../../nbs/80_kohya.ipynb #745ad840
 def load_kohya(
     pipe: StableDiffusionPipeline,
@@ -171,9 +147,9 @@ def load_kohya(
     require_free_name(pipe.unet, name)
     names = kohya_names(pipe.unet)
     layers = {names.get(k, k): layer for k, layer in layers.items()}
-    halves = {n: (layer["down"], layer["up"]) for n, layer in layers.items()}
-    require_lora_fits(pipe.unet, halves, f"mesh {path}")
-    mesh = inject_lora(pipe, layers, name, dict(header))
+    lora = {n: (o["down"], o["up"], o["alpha"].item()) for n, o in layers.items()}
+    require_lora_fits(pipe.unet, lora, f"mesh {path}")
+    mesh = inject_lora(pipe, lora, name, dict(header))
     mesh.kohya = dict(
         header=header,
         dtypes={n: {kind: v.dtype for kind, v in layer.items()} for n, layer in layers.items()},
@@ -196,21 +172,20 @@ def save_kohya(
     path: str | Path,  # a `.safetensors` file
     metadata: dict[str, Any] | None = None,  # the header; see `kohya_header` when left out
 ) -> None:
-    "Write a mesh as a kohya file. Raises `FadeError` for a mesh that was detached."
-    require(
-        mesh.layers, "The mesh was detached, so it has no weights: save it before detaching it."
-    )
+    "Write a mesh at its present strength as a kohya file. Raises `FadeError` for a detached one."
+    require(mesh.layers, "The mesh was detached, so it has no weights: save it before.")
     dtypes, tensors = getattr(mesh, "kohya", {}).get("dtypes", {}), {}
     for n, m in mesh.layers.items():
         layer = dict(
             down=m.lora_A[mesh.name].weight,
             up=m.lora_B[mesh.name].weight,
-            alpha=torch.tensor(float(m.lora_alpha[mesh.name])),
+            alpha=torch.tensor(float(alpha_in_effect(m, mesh.name))),
         )
         for kind, v in layer.items():
             key = f"lora_unet_{n.replace('.', '_')}.{kohya_suffixes[kind]}"
-            dtype = dtypes.get(n, {}).get(kind, v.dtype)
-            tensors[key] = v.detach().cpu().to(dtype).contiguous()
+            as_read = v.to(dtypes.get(n, {}).get(kind, v.dtype))
+            same = torch.equal(as_read.to(v.dtype), v)  # unless it was trained or scaled since
+            tensors[key] = (as_read if same else v).detach().cpu().contiguous()
     header = kohya_header(mesh) if metadata is None else metadata
     header = {k: v if isinstance(v, str) else json.dumps(v) for k, v in header.items()}
     with atomic_write(path) as f:
