@@ -30,6 +30,7 @@ from fade.diffusion.pipeline import (
     decode,
     note_cached_forwards,
     require_promises,
+    require_supported,
     require_whole,
     sample_latents,
     sampler_for,
@@ -58,6 +59,7 @@ class ImageCache:
         prompt("", template)
         self.pipe, self.sampler, self.template = pipe, sampler or sampler_for(pipe), template
         self.seed, self._phi, self._shipped = seed, phi, None
+        require_supported(pipe)
         require_promises(pipe)
         self.model = model_fingerprint(pipe, adapters=True)
         self.probe = pipeline_probe(pipe, self.sampler)

@@ -68,6 +68,7 @@ from fade.diffusion.adapters import (
 )
 
 from .core import FadeError, atomic_write, edit_files, require, seed_for
+from .diffusion.pipeline import require_supported
 
 # %% ../nbs/40_mesh.ipynb #da1f2f75
 transformer_layers = (
@@ -198,6 +199,7 @@ def injection(
     name: str,  # of the adapter that the block injects
 ) -> Iterator[ModelState]:  # before
     "Activate the adapter after the block, or remove it if the block fails."
+    require_supported(pipe)
     before = ModelState(pipe)
     try:
         with quiet_peft():

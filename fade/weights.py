@@ -37,6 +37,7 @@ from fade.diffusion.adapters import (
 )
 
 from .core import edit_files, load_tensors, require, save_tensors
+from .diffusion.pipeline import require_supported
 
 # %% ../nbs/41_weights.ipynb #24c38737
 cross_kv = r"attn2\.to_[kv]\."  # keys and values of cross-attention: where the prompt enters
@@ -50,7 +51,8 @@ def require_new_edit(
     pipe: StableDiffusionPipeline,
     name: str,  # of an edit
 ) -> None:
-    "Raise `FadeError` for a name that is taken."
+    "Raise `FadeError` for a name that is taken, and for a pipeline that is not supported."
+    require_supported(pipe)
     require(
         name not in active_edits(pipe.unet),
         f"The pipeline already has an edit '{name}': choose another name or detach it first.",

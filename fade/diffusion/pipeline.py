@@ -636,6 +636,7 @@ def sample_latents(
     "Latents of one image for each prompt and seed."
     n = len(seeds)
     require(len(prompts) == n, f"{len(prompts)} prompts and {n} seeds: give one seed an image.")
+    require_supported(pipe)
     require_promises(pipe)
     sampler = sampler or sampler_for(pipe)
     embeds, null, latents = encode_prompts(pipe, prompts), encode_prompts(pipe, [""]), []
