@@ -21,6 +21,7 @@ __all__ = [
     "locked",
     "save_json",
     "load_json",
+    "validated",
     "save_tensors",
     "load_tensors",
     "load_error",
@@ -44,12 +45,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from reprlib import repr as short_repr
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -241,11 +244,32 @@ def load_json(
 ) -> Any:
     "Read a JSON file. Raises `FadeError` when it is missing or damaged."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        text = Path(path).read_text(encoding="utf-8")
+        json.dumps(obj := json.loads(text), ensure_ascii=False).encode()  # no half of a character
+        return obj
+    except (OSError, ValueError, RecursionError) as e:
         raise FadeError(
             f"Cannot read {path} as JSON ({e}): give a whole file, or make it again."
         ) from e
+
+
+# %% ../nbs/00_core.ipynb #64f92669
+def validated(
+    kind: Any,  # a pydantic model or an annotated dataclass
+    content: Any,  # read from a file
+    path: str | Path,  # of the file
+    remedy: str,  # what to do about a wrong file
+) -> Any:  # an instance of `kind`
+    "The content as `kind`. Raises `FadeError` that names the file and its first wrong field."
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+    field = ascii(".".join(map(str, first["loc"][:6])))[1:-1] or "content"
+    problem = f"has {field}={ascii(short_repr(first['input']))[1:-1]}: {first['msg'].lower()}"
+    if first["type"] in ("missing", "missing_argument"):
+        problem = f"lacks {field}"
+    raise FadeError(f"{path} {problem}; {remedy}")
 
 
 # %% ../nbs/00_core.ipynb #7a1d20c4

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 
 from .concepts import ConceptSet, find_target, unrelated_concepts
-from .core import FadeError, generator, load_json, require, save_json
+from .core import generator, load_json, require, save_json, validated
 from .diffusion.pipeline import Sampler
 from .images import ImageCache
 
@@ -50,6 +51,8 @@ class Neighborhood:
     k: int  # how many are neighbors
     source: str = ""  # the concept set they came from
     superclass: str = ""  # what all of them are
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def neighbors(self) -> list[str]:
@@ -84,13 +87,16 @@ class Neighborhood:
 
     @classmethod
     def load(cls, path: str | Path) -> "Neighborhood":
-        "Read a saved one. Raises `FadeError` for a file that contains none."
-        try:
-            return cls(**load_json(path))
-        except TypeError as e:
-            raise FadeError(
-                f"{path} contains no neighborhood: erase again, in another folder."
-            ) from e
+        "Read a saved one. Raises `FadeError` for a file that contains none, or not a whole one."
+        remedy = "erase again, in another folder."
+        hood = validated(cls, load_json(path), path, remedy)
+        names, measured = [hood.target, *hood.names], hood.similarity[: hood.k]
+        require(all(map(str.strip, names)), f"{path} has an empty name: {remedy}")
+        require(len({*names}) == len(names), f"{path} names a concept twice: {remedy}")
+        whole = len(hood.names) == len(hood.similarity) and None not in measured
+        require(whole, f"{path} lacks a similarity: {remedy}")
+        require(0 < hood.k < len(names), f"{path} has k={hood.k} of {len(names) - 1}: {remedy}")
+        return hood
 
 
 # %% ../nbs/31_neighborhood.ipynb #525811ad
