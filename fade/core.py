@@ -262,7 +262,7 @@ def validated(
 ) -> Any:  # an instance of `kind`
     "The content as `kind`. Raises `FadeError` that names the file and its first wrong field."
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return TypeAdapter(kind).validate_json(json.dumps(content))
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
     field = ascii(".".join(map(str, first["loc"][:6])))[1:-1] or "content"
