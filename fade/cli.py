@@ -254,12 +254,10 @@ def open_run(a: argparse.Namespace) -> tuple[Path, dict, Any, Any]:
     from fade.diffusion.pipeline import load_pipeline
     from fade.images import ImageCache
     from fade.memory import sampler_that_fits
-    from fade.neighborhood import Neighborhood
-    from fade.report import require_finished_run
+    from fade.report import load_run
 
     folder = Path(a.run)
-    record = require_finished_run(folder)
-    hood = Neighborhood.load(folder / "neighborhood.json")
+    record, hood = load_run(folder)
     pipe = load_pipeline(base_model(record["model"]["name"], a.model), a.device, a.dtype)
     cache = ImageCache(pipe, sampler_that_fits(pipe), record["template"], seed=a.seed)
     return folder, record, hood, cache

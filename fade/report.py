@@ -31,6 +31,7 @@ __all__ = [
     "load_record",
     "read_record",
     "require_finished_run",
+    "load_run",
     "read_runs",
     "bootstrap_interval",
     "sign_flip",
@@ -283,6 +284,25 @@ def require_finished_run(folder: str | Path) -> dict:
         return load_record(folder)
     except FadeError as e:
         raise FadeError(f"{what}: {e}") from e
+
+
+# %% ../nbs/61_report.ipynb #6c0b02e4
+def load_run(
+    folder: str | Path,  # a run folder
+) -> tuple[dict, Neighborhood]:  # its record and its neighborhood
+    "What a finished run says of itself. Raises `FadeError` where its files are of several runs."
+    record, file = require_finished_run(folder), Path(folder) / "neighborhood.json"
+    hood = Neighborhood.load(file)
+    same = [hood.target, *hood.neighbors] == [
+        record["target"],
+        *(o["name"] for o in record["neighbors"]),
+    ]
+    require(
+        same,
+        f"{file} is of '{hood.target}' and its neighbors, and metrics.json beside it of "
+        f"'{record['target']}' and others: give a folder as 'fade erase' has written it.",
+    )
+    return record, hood
 
 
 # %% ../nbs/61_report.ipynb #bbdf1887

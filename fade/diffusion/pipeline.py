@@ -11,6 +11,9 @@ __all__ = [
     "read_pipeline",
     "load_pipeline",
     "merge_settings",
+    "SamplerSettings",
+    "MethodSettings",
+    "ModelSettings",
     "settings_for",
     "encode_prompts",
     "predict_noise",
@@ -43,11 +46,21 @@ import diffusers
 import torch
 import yaml
 from diffusers import DDPMScheduler, SchedulerMixin, StableDiffusionPipeline
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..core import FadeError, data_path, in_batches, load_error, load_json, logger, require
+from fade.core import (
+    FadeError,
+    data_path,
+    in_batches,
+    load_error,
+    load_json,
+    logger,
+    require,
+    validated,
+)
 
 
 # %% ../../nbs/20_pipeline.ipynb #7b9c7b26
@@ -137,14 +150,44 @@ def merge_settings(
     return merged
 
 
+# %% ../../nbs/20_pipeline.ipynb #7b0570e6
+class SamplerSettings(BaseModel):
+    "The fields of `Sampler` that a model's folder recommends."
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    steps: int = Field(50, ge=1, le=1000)
+    guidance_scale: float = 8.0
+    scheduler: str = ""
+    batch: int = Field(32, ge=1, lt=2**31)
+
+
+class MethodSettings(BaseModel):
+    "The recipes that a model's folder has for one method."
+
+    recipe: str = ""  # the recommended one
+    recipes: dict[str, dict[str, JsonValue]] = {}
+
+
+class ModelSettings(BaseModel):
+    "The content of a model's `fade.json`."
+
+    phi: str = ""  # a folder in the model's
+    classifier: str = ""
+    sampler: SamplerSettings = SamplerSettings()
+    methods: dict[str, MethodSettings] = {}
+
+
 # %% ../../nbs/20_pipeline.ipynb #d4314dff
 def settings_for(
     pipe: StableDiffusionPipeline | str | Path | None,  # a pipeline, or its folder or hub id
 ) -> dict[str, Any]:  # `phi`, `classifier`, `sampler`, and `methods` with their recipes
-    "The settings that a model's folder recommends, over those for SD v1.4."
+    """The settings that a model's folder recommends, over those for SD v1.4.
+    Raises `FadeError` for a `fade.json` with other content."""
     defaults = yaml.safe_load(data_path("defaults.yaml").read_text(encoding="utf-8"))
     folder = Path(getattr(pipe, "name_or_path", pipe) or "")
-    own = load_json(folder / "fade.json") if (folder / "fade.json").is_file() else {}
+    file = folder / "fade.json"
+    own = load_json(file) if file.is_file() else {}
+    validated(ModelSettings, own, file, "correct or remove it.")
     files = {k: str(folder / own[k]) for k in ("phi", "classifier") if own.get(k)}
     return merge_settings(defaults, {**own, **files})
 
@@ -278,11 +321,12 @@ class Sampler:
     def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
         "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
         name = self.scheduler or type(pipe.scheduler).__name__
+        kind = getattr(diffusers, name, None)
         require(
-            hasattr(diffusers, name),
+            isinstance(kind, type) and issubclass(kind, SchedulerMixin),
             f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
         )
-        scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+        scheduler = kind.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(self.steps, device=pipe.device)
         return scheduler
 
