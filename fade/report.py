@@ -7,6 +7,7 @@ __all__ = [
     "score_names",
     "schema",
     "Name",
+    "Word",
     "Count",
     "Share",
     "Positive",
@@ -106,6 +107,7 @@ def before_after(
 score_names = ("a_er", "a_adj", "erb", "heldout", "unrelated")
 schema = 3  # of `metrics.json`
 Name = Annotated[str, StringConstraints(pattern=r"\S")]
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # without space or quote
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
@@ -158,14 +160,14 @@ class ModelRecord(Checked):
     "The model that the concept was erased from."
 
     name: Name
-    fingerprint: Name
-    dtype: str = "float32"
+    fingerprint: Word
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 class EditRecord(Checked):
     "The saved edit."
 
-    file: Name
+    file: Word
     layers: Count
     weights: Count  # numbers in it
     norm: Positive
@@ -218,7 +220,7 @@ class RunRecord(Checked):
     "The content of a run's `metrics.json`."
 
     version: Literal[3] = Field(alias="schema")
-    method: Name
+    method: Word
     target: Name
     candidates: str
     superclass: str
