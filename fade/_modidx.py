@@ -300,6 +300,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                      'fade/diffusion/trajectory.py')},
             'fade.figures': { 'fade.figures.figure': ('figures.html#figure', 'fade/figures.py'),
                               'fade.figures.image_grid': ('figures.html#image_grid', 'fade/figures.py'),
+                              'fade.figures.literal': ('figures.html#literal', 'fade/figures.py'),
                               'fade.figures.longest': ('figures.html#longest', 'fade/figures.py'),
                               'fade.figures.require_labels': ('figures.html#require_labels', 'fade/figures.py'),
                               'fade.figures.save_figure': ('figures.html#save_figure', 'fade/figures.py'),

@@ -290,12 +290,12 @@ def run_stages(cache: ImageCache, folder: Path, resolved: Resolved) -> dict:
     if config.score:
         classifier = choose_classifier(cache, hood, config.classifier)
         scores = evaluate(cache, edit, hood, classifier, config.n)
-    save_or_warn(folder / "before_after.png", lambda: before_after(cache, edit, hood))
     seconds["evaluation"] = round(time.monotonic() - start, 1)
     seconds["total"] = round(time.monotonic() - begin, 1)
     record = {**made_by(cache, hood, edit, resolved), **scores, "unet": unet, "seconds": seconds}
-    edit.detach()
     save_json(folder / "metrics.json", record)
+    save_or_warn(folder / "before_after.png", lambda: before_after(cache, edit, hood))
+    edit.detach()
     logger.info(score_table(record) if config.score else f"not scored: fade evaluate {folder}")
     return load_json(folder / "metrics.json")
 

@@ -109,7 +109,7 @@ def in_markdown(
     "A value as literal text of a line or a table cell."
     text = " ".join(re.sub(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]", " ", str(value)).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"[\\`*_\[\]|$~#!^{}]|:(?=//)|@", r"\\\g<0>", text)
+    return re.sub(r"[\\`*_\[\]|$~#!^]|:(?=//)|@", r"\\\g<0>", text)
 
 
 def in_python(
