@@ -16,6 +16,7 @@ __all__ = [
     "cache_path",
     "flush_folder",
     "atomic_write",
+    "require_space",
     "set_aside",
     "edit_file",
     "locked",
@@ -38,6 +39,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -182,6 +184,26 @@ def atomic_write(
         ) from e
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+# %% ../nbs/00_core.ipynb #7e867aa8
+def require_space(
+    needs: dict[Path, int],  # folder to bytes that will be written to it at least
+) -> None:
+    "Raise `FadeError` for a folder that cannot be written, or whose disk has too little space."
+    disks = {}
+    for folder, need in needs.items():
+        here = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        writable = here.is_dir() and os.access(here, os.W_OK)
+        require(writable, f"Cannot write to {folder}: choose another folder.")
+        disk = here.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + need
+        free, need = shutil.disk_usage(here).free, disks[disk]
+        require(
+            free >= need,
+            f"The disk of {folder} has {free / 1e9:.2f} GB left, and at least {need / 1e9:.2f} GB "
+            "will be written: free some space, or choose another folder.",
+        )
 
 
 # %% ../nbs/00_core.ipynb #d9108cf8

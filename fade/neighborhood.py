@@ -10,6 +10,7 @@ __all__ = [
     "coarse_sampler",
     "shortlist_images",
     "shortlist",
+    "candidate_names",
     "neighborhood",
     "neighbor_recall",
 ]
@@ -152,6 +153,21 @@ def shortlist(
 
 
 # %% ../nbs/31_neighborhood.ipynb #f5ede8c5
+def candidate_names(
+    target: str,
+    candidates: ConceptSet,
+    k: int,  # neighbors
+) -> list[str]:
+    "The names of a set without the target. Raises `FadeError` when they are too few for K."
+    names = [c for c in candidates.names if c.lower() != target.lower()]
+    require(
+        1 <= k < len(names),
+        f"K is {k}, but there are {len(names)} candidates beside the target: "
+        f"choose K from 1 to {len(names) - 1}.",
+    )
+    return names
+
+
 def neighborhood(
     cache: ImageCache,
     target: str,  # the concept to erase
@@ -164,12 +180,7 @@ def neighborhood(
     Raises `FadeError` for an unknown target or an impossible K, before any image is made."""
     if not isinstance(candidates, ConceptSet):
         target, candidates = find_target(target, candidates)
-    names = [c for c in candidates.names if c.lower() != target.lower()]
-    require(
-        1 <= k < len(names),
-        f"K is {k}, but there are {len(names)} candidates beside the target: "
-        f"choose K from 1 to {len(names) - 1}.",
-    )
+    names = candidate_names(target, candidates, k)
     if short:
         found = shortlist(cache, target, names, k, m)
     else:

@@ -26,6 +26,7 @@ __all__ = [
     "Forwards",
     "Seconds",
     "Versions",
+    "Scores",
     "RunRecord",
     "load_json_or_none",
     "is_experiment",
@@ -216,7 +217,21 @@ class Versions(Checked):
 
 
 # %% ../nbs/61_report.ipynb #7cce410e
-class RunRecord(Checked):
+class Scores(Checked):
+    "The scores of a run; nothing in one that was not scored, or where there is no such concept."
+
+    a_er: Score | None
+    a_adj: Score | None
+    erb: Score | None
+    heldout: Score | None
+    unrelated: Score | None
+    per_concept: dict[str, ConceptScore]
+    quality: dict[str, float | None] | None
+    classifier: ClassifierRecord | None
+
+
+# %% ../nbs/61_report.ipynb #0c7026ac
+class RunRecord(Scores):
     "The content of a run's `metrics.json`."
 
     version: Literal[3] = Field(alias="schema")
@@ -231,14 +246,6 @@ class RunRecord(Checked):
     model: ModelRecord
     edit: EditRecord
     seeds: Seeds
-    a_er: Score | None  # this and the next two are nothing in a run that was not scored
-    a_adj: Score | None
-    erb: Score | None
-    heldout: Score | None  # nothing where there is no such concept
-    unrelated: Score | None
-    per_concept: dict[str, ConceptScore]
-    quality: dict[str, float | None] | None
-    classifier: ClassifierRecord | None
     unet: Forwards
     seconds: Seconds
     peak_memory_bytes: Count
@@ -260,8 +267,8 @@ def is_experiment(content: Any) -> bool:
 
 
 def load_record(folder: str | Path) -> dict:
-    """The `metrics.json` of a run folder. Raises `FadeError` where it is missing, damaged, of another
-    schema, or has a field that no run writes."""
+    """The `metrics.json` of a run folder. Raises `FadeError` where it is missing, damaged, of
+    another schema, or has a field that no run writes."""
     path, remedy = Path(folder) / "metrics.json", "erase again, in another folder."
     content = load_json(path)
     record = validated(RunRecord, content, path, remedy)
@@ -295,12 +302,9 @@ def load_run(
     "What a finished run says of itself. Raises `FadeError` where its files are of several runs."
     record, file = require_finished_run(folder), Path(folder) / "neighborhood.json"
     hood = Neighborhood.load(file)
-    same = [hood.target, *hood.neighbors] == [
-        record["target"],
-        *(o["name"] for o in record["neighbors"]),
-    ]
+    names = [record["target"]] + [o["name"] for o in record["neighbors"]]
     require(
-        same,
+        [hood.target, *hood.neighbors] == names,
         f"{file} is of '{hood.target}' and its neighbors, and metrics.json beside it of "
         f"'{record['target']}' and others: give a folder as 'fade erase' has written it.",
     )

@@ -9,6 +9,7 @@ __all__ = [
     "default_device",
     "read_config",
     "read_pipeline",
+    "require_device",
     "load_pipeline",
     "merge_settings",
     "SamplerSettings",
@@ -23,6 +24,7 @@ __all__ = [
     "note_padding_forwards",
     "signal_levels",
     "add_noise",
+    "scheduler_class",
     "Sampler",
     "sampler_for",
     "guided_noise",
@@ -119,6 +121,17 @@ def read_pipeline(
 dtypes = "float32", "bfloat16", "float16"
 
 
+def require_device(
+    device: str,  # such as `cpu`, `cuda:1` or `mps`
+) -> None:
+    "Raise `FadeError` for a device that does not exist here, before anything is loaded."
+    try:
+        found = torch.zeros(1, device=device).device.type in ("cpu", "cuda", "mps", "xpu")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = False
+    require(found, f"There is no device '{device}' here: choose cpu, cuda or mps.")
+
+
 def load_pipeline(
     model: str | Path = "",  # a diffusers folder or hub id; the miniature when empty
     device: str = "",  # `default_device()` when empty
@@ -129,12 +142,15 @@ def load_pipeline(
         dtype in dtypes,
         f"There is no dtype '{dtype}': choose float32, bfloat16 or float16.",
     )
+    require_device(device := device or default_device())
     pipe = read_pipeline(model or data_path("miniature"), getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(device or default_device())
-    except (RuntimeError, AssertionError) as e:
-        raise FadeError(f"There is no device '{device}' here: choose cpu, cuda or mps.") from e
+        return pipe.to(device)
+    except RuntimeError as e:  # out of memory
+        raise FadeError(
+            f"{model} does not fit on {device} ({str(e).splitlines()[0]}): choose another device."
+        ) from e
 
 
 # %% ../../nbs/20_pipeline.ipynb #714388dd
@@ -304,6 +320,18 @@ def add_noise(
 
 
 # %% ../../nbs/20_pipeline.ipynb #86ba17ba
+def scheduler_class(
+    name: str,
+) -> type[SchedulerMixin]:
+    "A scheduler of diffusers by name. Raises `FadeError` for an unknown one."
+    kind = getattr(diffusers, name, None)
+    require(
+        isinstance(kind, type) and issubclass(kind, SchedulerMixin),
+        f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
+    )
+    return kind
+
+
 @dataclass(frozen=True)
 class Sampler:
     "How images are generated."
@@ -320,12 +348,7 @@ class Sampler:
 
     def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
         "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
-        name = self.scheduler or type(pipe.scheduler).__name__
-        kind = getattr(diffusers, name, None)
-        require(
-            isinstance(kind, type) and issubclass(kind, SchedulerMixin),
-            f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
-        )
+        kind = scheduler_class(self.scheduler or type(pipe.scheduler).__name__)
         scheduler = kind.from_config(pipe.scheduler.config)
         scheduler.set_timesteps(self.steps, device=pipe.device)
         return scheduler

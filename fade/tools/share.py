@@ -370,8 +370,9 @@ def card_opening(
         kind = "Changed weights of the U-Net,"
     else:
         kind = "Networks beside the U-Net,"
+    target = in_markdown(metrics["target"])
     return (
-        f"{kind} trained to erase **{in_markdown(metrics['target'])}** from {base} and to preserve similar "
+        f"{kind} trained to erase **{target}** from {base} and to preserve similar "
         "concepts; the scores below measure both. "
         f"Method: `{metrics.get('method', 'fade')}`, in a reproduction of "
         "[FADE](https://arxiv.org/abs/2503.19783) (CVPR 2025) that is not by its authors."
