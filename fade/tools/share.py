@@ -67,6 +67,7 @@ from fade.core import (
     load_tensors,
     logger,
     require,
+    require_space,
     save_json,
 )
 
@@ -626,6 +627,7 @@ def share_run(
     for name, option in ((repo, "--repo"), (model, "--model")):
         if name:
             check_repo(name, option)
+    require_space({out: file.stat().st_size})
     require_whole_edit(file, metrics)
     require_base(metrics, model)
     license = base_license(model, license)

@@ -828,8 +828,10 @@ def run_sweep(
     notebook = Path(notebook).resolve()
     runs = plan_sweep(notebook, grid, out)
     todo = {folder: params for folder, params in runs.items() if not is_finished(folder)}
+    most = max(1, len(todo))
     if executor == "debug" or not workers:
-        workers = max(1, len(todo)) if executor == "slurm" else 1
+        workers = most if executor == "slurm" else 1
+    workers = min(workers, most)
     with nullcontext() if dry_run else lock_sweep(out):
         log_sweep_plan(notebook, out, runs, todo, workers)
         if dry_run:
