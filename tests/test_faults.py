@@ -243,7 +243,7 @@ def edited_neighborhoods(place):
     for change, said in (
         (dict(k=0), "k=0"),
         (dict(k=9), "others"),
-        (dict(k=len(hood["names"])), "has k="),
+        (dict(k=len(hood["names"]) + 1), "has k="),
         (dict(k="2"), "k='2'"),
         (dict(names=hood["names"][:2]), "lacks a similarity"),
         (dict(names=["hooded owl"] * 3), "twice"),
