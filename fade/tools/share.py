@@ -75,6 +75,7 @@ from ..concepts import prompt
 from ..diffusion.adapters import model_fingerprint
 from ..diffusion.pipeline import load_pipeline
 from ..method import get_method, read_edit_metadata
+from ..neighborhood import Neighborhood
 from ..report import require_finished_run
 
 # %% ../../nbs/82_share.ipynb #ff4400cb
@@ -627,6 +628,8 @@ def share_run(
     for name, option in ((repo, "--repo"), (model, "--model")):
         if name:
             check_repo(name, option)
+    if (run / "neighborhood.json").is_file():
+        Neighborhood.load(run / "neighborhood.json")
     require_space({out: file.stat().st_size})
     require_whole_edit(file, metrics)
     require_base(metrics, model)
