@@ -7,6 +7,8 @@ __all__ = [
     "of_miniature",
     "of_run",
     "commands",
+    "again",
+    "interrupted",
     "add_model",
     "add_scoring",
     "add_target",
@@ -20,6 +22,9 @@ __all__ = [
     "slug",
     "default_out",
     "erase_command",
+    "require_seed",
+    "require_images",
+    "print_cost",
     "neighborhood_command",
     "open_run",
     "evaluate_command",
@@ -237,17 +242,47 @@ def erase_command(a: argparse.Namespace) -> None:
 
 
 # %% ../nbs/90_cli.ipynb #53bcf8f1
+def require_seed(
+    seed: int,
+    n: int = 1,  # seeds from there on
+) -> None:
+    "Raise `FadeError` for a seed that random generators do not take."
+    sentence = f"The seed {seed} cannot be used: choose a number from 0 to below 2⁶³."
+    require(0 <= seed < 2**63 - n, sentence)
+
+
+def require_images(n: int, what: str) -> None:
+    "Raise `FadeError` for a number of images that is not possible, or would never end."
+    require(n >= 1, f"{n} {what}: choose 1 or more.")
+    require(n <= 100_000, f"{n} {what}: choose 100,000 or fewer.")
+
+
+def print_cost(cache: Any, what: str, images: int) -> None:
+    """Print what images of a command cost, beside its output.
+    Raises `FadeError` where they have no place on the disk."""
+    from fade.run import cost_sentence, require_disk
+
+    require_disk(cache, images)
+    print(cost_sentence(cache, what, images * cache.sampler.forwards), file=sys.stderr)
+
+
+# %% ../nbs/90_cli.ipynb #b933afca
 def neighborhood_command(a: argparse.Namespace) -> None:
     "`fade neighborhood`."
+    require_seed(a.seed)
     target, concepts = find_target(a.target, a.candidates, a.superclass, not a.model)
     prompt(target, a.template)
     from fade.diffusion.pipeline import load_pipeline
     from fade.images import ImageCache
     from fade.memory import sampler_that_fits
-    from fade.neighborhood import neighborhood
+    from fade.neighborhood import candidate_names, neighborhood
+    from fade.run import neighborhood_images
 
+    names = [target, *candidate_names(target, concepts, a.k)]
     pipe = load_pipeline(a.model, a.device, a.dtype)
     cache = ImageCache(pipe, sampler_that_fits(pipe), a.template, seed=a.seed)
+    missing = neighborhood_images(cache, names, a.k)[a.shortlist]
+    print_cost(cache, f"images of {len(names)} concepts", missing)
     hood = neighborhood(cache, target, concepts, a.k, short=a.shortlist)
     for i, (c, s) in enumerate(zip(hood.names, hood.similarity), 1):
         similarity = "     -" if s is None else f"{s:6.1f}"
@@ -262,12 +297,10 @@ def open_run(a: argparse.Namespace) -> tuple[Path, dict, Any, Any]:
     from fade.diffusion.pipeline import load_pipeline
     from fade.images import ImageCache
     from fade.memory import sampler_that_fits
-    from fade.neighborhood import Neighborhood
-    from fade.report import require_finished_run
+    from fade.report import load_run
 
     folder = Path(a.run)
-    record = require_finished_run(folder)
-    hood = Neighborhood.load(folder / "neighborhood.json")
+    record, hood = load_run(folder)
     pipe = load_pipeline(base_model(record["model"]["name"], a.model), a.device, a.dtype)
     cache = ImageCache(pipe, sampler_that_fits(pipe), record["template"], seed=a.seed)
     return folder, record, hood, cache
@@ -275,13 +308,18 @@ def open_run(a: argparse.Namespace) -> tuple[Path, dict, Any, Any]:
 
 def evaluate_command(a: argparse.Namespace) -> None:
     "`fade evaluate`: fills in the scores of a run that has none, else writes a file of its own."
-    require(a.n >= 1, f"{a.n} images a concept cannot be scored: choose 1 or more.")
+    require_images(a.n, "images a concept cannot be scored")
+    require_seed(a.seed)
     from fade.metrics import choose_classifier
     from fade.report import score_table
     from fade.run import rescore
 
     folder, record, hood, cache = open_run(a)
     chosen = choose_classifier(cache, hood, a.classifier)
+    concepts = [hood.target, *hood.names[: 3 * hood.k], *hood.unrelated(seed=a.seed)]
+    print_cost(
+        cache, f"images of {len(concepts)} concepts, {a.n} by each model", 2 * a.n * len(concepts)
+    )
     scores = rescore(cache, folder, hood, chosen, a.n)
     if record["a_er"] is None and a.seed == record["seeds"]["training"]:
         save_json(folder / "metrics.json", load_json(folder / "metrics.json") | scores)
@@ -294,12 +332,9 @@ def evaluate_command(a: argparse.Namespace) -> None:
 
 # %% ../nbs/90_cli.ipynb #b1732164
 def generate_command(a: argparse.Namespace) -> None:
-    "`fade generate`."
-    require(a.n >= 1, f"{a.n} images cannot be generated: choose 1 or more.")
-    require(
-        0 <= a.seed < 2**63 - a.n,
-        f"The seed {a.seed} cannot be used: choose a number from 0 to below 2⁶³.",
-    )
+    "`fade generate`; each batch of images is written as it comes."
+    require_images(a.n, "images cannot be generated")
+    require_seed(a.seed, a.n)
     from fade.diffusion.adapters import require_finite_strength
     from fade.diffusion.pipeline import generate
     from fade.method import load_edit
@@ -308,14 +343,16 @@ def generate_command(a: argparse.Namespace) -> None:
     require_finite_strength(a.strength, "mesh")
     folder, _, _, cache = open_run(a)
     load_edit(cache.pipe, folder).set_scale(a.strength)
-    seeds = [a.seed + i for i in range(a.n)]
-    images = to_pil(generate(cache.pipe, [a.prompt] * a.n, seeds, cache.sampler))
-    strength = "" if a.strength == 1 else f"-strength-{a.strength:g}"
-    for seed, image in zip(seeds, images):
-        path = folder / "images" / f"{slug(a.prompt)}-{seed}{strength}.png"
-        with atomic_write(path) as f:
-            image.save(f)
-        print(path)
+    batch, strength = cache.sampler.batch, "" if a.strength == 1 else f"-strength-{a.strength:g}"
+    print_cost(cache, f"{a.n} images in batches of {batch}", -(-a.n // batch) * batch)
+    for start in range(0, a.n, batch):
+        seeds = [a.seed + i for i in range(start, min(start + batch, a.n))]
+        images = generate(cache.pipe, [a.prompt] * len(seeds), seeds, cache.sampler)
+        for seed, image in zip(seeds, to_pil(images)):
+            path = folder / "images" / f"{slug(a.prompt)}-{seed}{strength}.png"
+            with atomic_write(path) as f:
+                image.save(f)
+            print(path)
 
 
 # %% ../nbs/90_cli.ipynb #deaa361c
@@ -359,6 +396,18 @@ commands = dict(
 )
 
 
+again = "the same command continues from here."
+interrupted = dict(  # what is true after Ctrl-C
+    erase=f"images and the last checkpoint are kept, and {again}",
+    neighborhood=f"the images so far are kept, and {again}",
+    evaluate=f"the images scored so far are kept, no score was written, and {again}",
+    generate="the images above are written; the same command makes them and the others again.",
+    sweep=f"finished runs are kept, and {again}",
+    share="the folder may lack files; the same command writes it again.",
+    concepts="nothing was changed.",
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     "Run a command; returns its exit code."
     a = parser().parse_args(argv)
@@ -369,13 +418,13 @@ def main(argv: list[str] | None = None) -> int:
     except FadeError as e:
         error = str(e)
     except KeyboardInterrupt:
-        kept = "what is finished is kept, and the same command continues from here."
-        print(f"\nfade: stopped; {kept}", file=sys.stderr)
+        print(f"\nfade: stopped; {interrupted[a.command]}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     except OSError as e:
         error = f"The system reports: {e}; check the path, its permissions and the free space."
-    print(f"fade: {error}", file=sys.stderr)
+    line = " ".join(error.splitlines()).encode("utf-8", "backslashreplace").decode()
+    print(f"fade: {line}", file=sys.stderr)
     return 2

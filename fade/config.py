@@ -35,8 +35,8 @@ class RunConfig(Validated):
     method: str = "fade"  # from `method_names()`
     recipe: str = ""  # a recipe's name; the model's recommended one when empty
     overrides: dict[str, Any] = {}  # recipe fields that should differ
-    seed: int = Field(0, ge=0)  # of training and evaluation, whose random streams are disjoint
-    n: int = Field(25, ge=1)  # evaluation images a concept
+    seed: int = Field(0, ge=0, lt=2**63)  # of training and evaluation; their streams are disjoint
+    n: int = Field(25, ge=1, le=100_000)  # evaluation images a concept
     template: str = templates[0]  # prompt template of neighborhood and evaluation
     superclass: str = ""  # what all candidates are, where the set does not say
     shortlist: bool = False  # measure a shortlist of the candidates only

@@ -16,11 +16,13 @@ __all__ = [
     "cache_path",
     "flush_folder",
     "atomic_write",
+    "require_space",
     "set_aside",
     "edit_file",
     "locked",
     "save_json",
     "load_json",
+    "validated",
     "save_tensors",
     "load_tensors",
     "damaged_file",
@@ -40,6 +42,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -47,12 +50,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from reprlib import repr as short_repr
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -184,6 +189,26 @@ def atomic_write(
         Path(name).unlink(missing_ok=True)
 
 
+# %% ../nbs/00_core.ipynb #7e867aa8
+def require_space(
+    needs: dict[Path, int],  # folder to bytes that will be written to it at least
+) -> None:
+    "Raise `FadeError` for a folder that cannot be written, or whose disk has too little space."
+    disks = {}
+    for folder, need in needs.items():
+        here = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+        writable = here.is_dir() and os.access(here, os.W_OK)
+        require(writable, f"Cannot write to {folder}: choose another folder.")
+        disk = here.stat().st_dev
+        disks[disk] = disks.get(disk, 0) + need
+        free, need = shutil.disk_usage(here).free, disks[disk]
+        require(
+            free >= need,
+            f"The disk of {folder} has {free / 1e6:,.0f} MB left, and {need / 1e6:,.0f} MB or more "
+            "will be written: free some space, or choose another folder.",
+        )
+
+
 # %% ../nbs/00_core.ipynb #d9108cf8
 def set_aside(
     path: str | Path,  # a file that cannot be used
@@ -244,11 +269,32 @@ def load_json(
 ) -> Any:
     "Read a JSON file. Raises `FadeError` when it is missing or damaged."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        text = Path(path).read_text(encoding="utf-8")
+        json.dumps(obj := json.loads(text), ensure_ascii=False).encode()  # no half of a character
+        return obj
+    except (OSError, ValueError, RecursionError) as e:
         raise FadeError(
             f"Cannot read {path} as JSON ({e}): give a whole file, or make it again."
         ) from e
+
+
+# %% ../nbs/00_core.ipynb #64f92669
+def validated(
+    kind: Any,  # a pydantic model or an annotated dataclass
+    content: Any,  # read from a file
+    path: str | Path,  # of the file
+    remedy: str,  # what to do about a wrong file
+) -> Any:  # an instance of `kind`
+    "The content as `kind`. Raises `FadeError` that names the file and its first wrong field."
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content))
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+    field = ascii(".".join(map(str, first["loc"][:6])))[1:-1] or "content"
+    problem = f"has {field}={ascii(short_repr(first['input']))[1:-1]}: {first['msg'].lower()}"
+    if first["type"] in ("missing", "missing_argument"):
+        problem = f"lacks {field}"
+    raise FadeError(f"{path} {problem}; {remedy}")
 
 
 # %% ../nbs/00_core.ipynb #7a1d20c4

@@ -106,6 +106,14 @@ class BaseRecipe(Validated):
     schedule: Schedule = "constant"
     batch: int = Field(1, ge=1)  # target samples a step
 
+    @field_validator("*")
+    @classmethod
+    def ordinary_size(cls, value: Any) -> Any:
+        "Counts are such that a run can end."
+        if isinstance(value, int) and abs(value) > 10**7:
+            raise ValueError("give at most 10,000,000")
+        return value
+
     @classmethod
     def title(cls) -> str:
         return "recipe"
@@ -122,6 +130,15 @@ class BaseRecipe(Validated):
 
     def check(self, target: str, concepts: ConceptSet) -> None:
         "Raise `FadeError` where these concepts do not suffice, before any image is made."
+
+    def check_model(self, unet: torch.nn.Module) -> None:
+        "Raise `FadeError` where the model lacks layers to train, before any image is made."
+        names = [n for n, _ in unet.named_modules()]
+        modules = getattr(self, "modules", None)
+        require(modules is None or modules, "The recipe has no modules: name the layers to train.")
+        for end in modules or ():
+            found = any(f".{n}".endswith(f".{end}") for n in names)
+            require(found, f"The U-Net has no layer '{end}' to train: correct modules.")
 
 
 # %% ../nbs/43_method.ipynb #2e1ca835
@@ -262,6 +279,10 @@ def train_edit(
             "In float16 small gradients are lost: load the model in bfloat16 or float32.",
         )
         history = fit(module or edit.unet, loss, *shape, **options)
+        finite = all(p.isfinite().all() for p in edit.params.values())
+        require(
+            finite, f"The trained weights are not finite: lower the learning rate ({recipe.lr})."
+        )
     except BaseException:
         edit.detach()
         raise

@@ -11,6 +11,7 @@ __all__ = [
     "shortlist_images",
     "shortlist",
     "require_distinct",
+    "candidate_names",
     "neighborhood",
     "neighbor_recall",
 ]
@@ -21,9 +22,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict
 
 from .concepts import ConceptSet, clean_name, find_target, prompt, unrelated_concepts
-from .core import FadeError, generator, load_json, require, save_json
+from .core import generator, load_json, require, save_json, validated
 from .diffusion.pipeline import Sampler, require_whole, token_ids
 from .images import ImageCache
 
@@ -51,6 +53,8 @@ class Neighborhood:
     k: int  # how many are neighbors
     source: str = ""  # the concept set they came from
     superclass: str = ""  # what all of them are
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @property
     def neighbors(self) -> list[str]:
@@ -85,13 +89,16 @@ class Neighborhood:
 
     @classmethod
     def load(cls, path: str | Path) -> "Neighborhood":
-        "Read a saved one. Raises `FadeError` for a file that contains none."
-        try:
-            return cls(**load_json(path))
-        except TypeError as e:
-            raise FadeError(
-                f"{path} contains no neighborhood: erase again, in another folder."
-            ) from e
+        "Read a saved one. Raises `FadeError` for a file that contains none, or not a whole one."
+        remedy = "erase again, in another folder."
+        hood = validated(cls, load_json(path), path, remedy)
+        names, measured = [hood.target, *hood.names], hood.similarity[: hood.k]
+        require(all(map(str.strip, names)), f"{path} has an empty name: {remedy}")
+        require(len({*names}) == len(names), f"{path} names a concept twice: {remedy}")
+        whole = len(hood.names) == len(hood.similarity) and None not in measured
+        require(whole, f"{path} lacks a similarity: {remedy}")
+        require(0 < hood.k < len(names), f"{path} has k={hood.k} of {len(names) - 1}: {remedy}")
+        return hood
 
 
 # %% ../nbs/31_neighborhood.ipynb #525811ad
@@ -162,6 +169,21 @@ def require_distinct(cache: ImageCache, names: list[str]) -> None:
 
 
 # %% ../nbs/31_neighborhood.ipynb #f5ede8c5
+def candidate_names(
+    target: str,
+    candidates: ConceptSet,
+    k: int,  # neighbors
+) -> list[str]:
+    "The names of a set without the target. Raises `FadeError` when they are too few for K."
+    names = candidates.besides(target)
+    require(
+        1 <= k < len(names),
+        f"K is {k}, but there are {len(names)} candidates beside the target: "
+        f"choose K from 1 to {len(names) - 1}.",
+    )
+    return names
+
+
 def neighborhood(
     cache: ImageCache,
     target: str,  # the concept to erase
@@ -175,12 +197,7 @@ def neighborhood(
     if not isinstance(candidates, ConceptSet):
         target, candidates = find_target(target, candidates)
     target = candidates.find(target) or clean_name(target)
-    names = candidates.besides(target)
-    require(
-        1 <= k < len(names),
-        f"K is {k}, but there are {len(names)} candidates beside the target: "
-        f"choose K from 1 to {len(names) - 1}.",
-    )
+    names = candidate_names(target, candidates, k)
     require_distinct(cache, [target, *names])
     if short:
         found = shortlist(cache, target, names, k, m)

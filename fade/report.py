@@ -6,12 +6,34 @@
 __all__ = [
     "score_names",
     "schema",
+    "Name",
+    "Word",
+    "Count",
+    "Share",
+    "Positive",
     "plot_losses",
     "before_after",
+    "Checked",
+    "Score",
+    "Neighbor",
+    "ConceptScore",
+    "SamplerRecord",
+    "ModelRecord",
+    "EditRecord",
+    "ClassifierRecord",
+    "Recipe",
+    "Seeds",
+    "Forwards",
+    "Seconds",
+    "Versions",
+    "Scores",
+    "RunRecord",
     "load_json_or_none",
     "is_experiment",
+    "load_record",
     "read_record",
     "require_finished_run",
+    "load_run",
     "read_runs",
     "bootstrap_interval",
     "sign_flip",
@@ -22,17 +44,18 @@ __all__ = [
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints
 from scipy.stats import permutation_test
 
 from .concepts import prompt
-from .core import FadeError, load_json, require
+from .core import FadeError, load_json, require, validated
 from .diffusion.pipeline import generate
 from .figures import figure, image_grid
 from .images import ImageCache
@@ -81,11 +104,155 @@ def before_after(
     return image_grid(sides.flatten(0, 1), 2 * n, titles=above, rows=concepts)
 
 
-# %% ../nbs/61_report.ipynb #abe6e0c2
+# %% ../nbs/61_report.ipynb #63b301c8
 score_names = ("a_er", "a_adj", "erb", "heldout", "unrelated")
 schema = 3  # of `metrics.json`
+Name = Annotated[str, StringConstraints(pattern=r"\S")]
+Word = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # without space or quote
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(ge=0)]
 
 
+class Checked(BaseModel):
+    "A part of a record. Further fields are kept, and may hold whatever JSON can hold."
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue]
+
+
+class Score(Checked):
+    "A share of images, as `metrics.with_interval` gives it."
+
+    value: Share
+    low: Share
+    high: Share
+    original: Share  # the same of the original model
+    n: Annotated[Count, Field(ge=1)]  # images
+
+
+# %% ../nbs/61_report.ipynb #0f73c5a4
+class Neighbor(Checked):
+    "A concept that was preserved."
+
+    name: Name
+    similarity: float  # cosine × 100
+
+
+class ConceptScore(Checked):
+    "The accuracy on one concept, after and before."
+
+    value: Share
+    original: Share
+    group: Name
+
+
+class SamplerRecord(Checked):
+    "How images were generated."
+
+    steps: Annotated[Count, Field(ge=1)]
+    guidance_scale: float
+    scheduler: Annotated[str, StringConstraints(pattern=r"^([A-Za-z]\w*)?$")]
+    batch: Annotated[Count, Field(ge=1)]
+
+
+# %% ../nbs/61_report.ipynb #0230070f
+class ModelRecord(Checked):
+    "The model that the concept was erased from."
+
+    name: Name
+    fingerprint: Word
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class EditRecord(Checked):
+    "The saved edit."
+
+    file: Word
+    layers: Count
+    weights: Count  # numbers in it
+    norm: Positive
+
+
+class ClassifierRecord(Checked):
+    "What the scores come from."
+
+    kind: Name
+    source: str
+    classes: Count
+
+
+# %% ../nbs/61_report.ipynb #88c96859
+class Recipe(Checked):
+    "The settings of the method."
+
+    name: Name
+
+
+class Seeds(Checked):
+    "The seeds of a run."
+
+    training: Count
+    evaluation: Count
+
+
+class Forwards(Checked):
+    "Sample-forwards of the training; nothing where it was resumed."
+
+    forwards: Count | None
+    backwards: Count | None
+
+
+class Seconds(Checked):
+    "How long the stages took."
+
+    training: Positive | None  # nothing where it was resumed
+    total: Positive
+
+
+class Versions(Checked):
+    "What computed the run."
+
+    commit: str
+
+
+# %% ../nbs/61_report.ipynb #7cce410e
+class Scores(Checked):
+    "The scores of a run; nothing in one that was not scored, or where there is no such concept."
+
+    a_er: Score | None
+    a_adj: Score | None
+    erb: Score | None
+    heldout: Score | None
+    unrelated: Score | None
+    per_concept: dict[str, ConceptScore]
+    quality: dict[str, float | None] | None
+    classifier: ClassifierRecord | None
+
+
+# %% ../nbs/61_report.ipynb #0c7026ac
+class RunRecord(Scores):
+    "The content of a run's `metrics.json`."
+
+    version: Literal[3] = Field(alias="schema")
+    method: Word
+    target: Name
+    candidates: str
+    superclass: str
+    neighbors: Annotated[list[Neighbor], Field(min_length=1)]
+    recipe: Recipe
+    sampler: SamplerRecord
+    template: Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$")]
+    model: ModelRecord
+    edit: EditRecord
+    seeds: Seeds
+    unet: Forwards
+    seconds: Seconds
+    peak_memory_bytes: Count
+    versions: Versions
+
+
+# %% ../nbs/61_report.ipynb #abe6e0c2
 def load_json_or_none(path: str | Path) -> Any:
     "A JSON file, or nothing where it cannot be read."
     try:
@@ -99,19 +266,49 @@ def is_experiment(content: Any) -> bool:
     return isinstance(content, dict) and "experiment" in content
 
 
+def load_record(folder: str | Path) -> dict:
+    """The `metrics.json` of a run folder. Raises `FadeError` where it is missing, damaged, of
+    another schema, or has a field that no run writes."""
+    path, remedy = Path(folder) / "metrics.json", "erase again, in another folder."
+    content = load_json(path)
+    record = validated(RunRecord, content, path, remedy)
+    scored = {record.a_er is None, record.a_adj is None, record.erb is None}
+    require(len(scored) == 1, f"{path} has one score of three (a_er, a_adj, erb): {remedy}")
+    return content
+
+
 def read_record(folder: str | Path) -> dict | None:
-    "The `metrics.json` of a run folder; nothing where it is missing, damaged or of another schema."
-    record = load_json_or_none(Path(folder) / "metrics.json")
-    needed = {"schema", "method", "target", "model", "template"}
-    whole = isinstance(record, dict) and needed <= record.keys() and record["schema"] == schema
-    return record if whole else None
+    "The record of a run folder; nothing where `load_record` refuses."
+    try:
+        return load_record(folder)
+    except FadeError:
+        return None
 
 
 def require_finished_run(folder: str | Path) -> dict:
-    "The record of a finished run. Raises `FadeError` where the run is not finished."
-    record = read_record(folder)
-    require(record, f"{folder} is no finished run: give a folder made by 'fade erase'.")
-    return record
+    "The record of a finished run. Raises `FadeError` where there is none, or no whole one."
+    exists, what = (Path(folder) / "metrics.json").is_file(), f"{folder} is no finished run"
+    require(exists, f"{what}: give a folder made by 'fade erase'.")
+    try:
+        return load_record(folder)
+    except FadeError as e:
+        raise FadeError(f"{what}: {e}") from e
+
+
+# %% ../nbs/61_report.ipynb #6c0b02e4
+def load_run(
+    folder: str | Path,  # a run folder
+) -> tuple[dict, Neighborhood]:  # its record and its neighborhood
+    "What a finished run says of itself. Raises `FadeError` where its files are of several runs."
+    record, file = require_finished_run(folder), Path(folder) / "neighborhood.json"
+    hood = Neighborhood.load(file)
+    names = [record["target"]] + [o["name"] for o in record["neighbors"]]
+    require(
+        [hood.target, *hood.neighbors] == names,
+        f"{file} is of '{hood.target}' and its neighbors, and metrics.json beside it of "
+        f"'{record['target']}' and others: give a folder as 'fade erase' has written it.",
+    )
+    return record, hood
 
 
 # %% ../nbs/61_report.ipynb #bbdf1887
@@ -121,18 +318,18 @@ def _row(record: dict, folder: Path) -> dict:
     scores = {
         (name if k == "value" else f"{name}_{k}"): v
         for name in score_names
-        for k, v in (record[name] or empty).items()
+        for k, v in ((k, (record[name] or empty)[k]) for k in empty)
     }
     return dict(
         method=record["method"],
         target=record["target"],
-        world=record.get("candidates", ""),
+        world=record["candidates"],
         recipe=record["recipe"]["name"],
         seed=record["seeds"]["training"],
         seconds=record["seconds"]["training"],
         **scores,
         frechet=(record.get("quality") or {}).get("frechet"),
-        **record["unet"],
+        **{k: record["unet"][k] for k in ("forwards", "backwards")},
         weights=record["edit"]["weights"],
         memory=record["peak_memory_bytes"],
         commit=record["versions"]["commit"],
@@ -146,11 +343,11 @@ def read_runs(
     "Finished runs as one tidy table. Raises `FadeError` when there is none."
     files, rows = sorted(Path(folder).rglob("metrics.json")), []
     for f in files:
-        record = read_record(f.parent)
-        if record:
-            rows.append(_row(record, f.parent))
-        elif not is_experiment(load_json_or_none(f)):
-            warnings.warn(f"{f} is no whole record of a run: it is left out.")
+        try:
+            rows.append(_row(load_record(f.parent), f.parent))
+        except FadeError as e:
+            if not is_experiment(load_json_or_none(f)):
+                warnings.warn(f"{e} It is left out.")
     require(
         rows,
         f"There is no finished run below {folder}: a run is finished when it has a metrics.json.",

@@ -7,6 +7,9 @@ __all__ = [
     "run_folder",
     "expected_forwards",
     "seconds_per_forward",
+    "neighborhood_images",
+    "cost_sentence",
+    "require_disk",
     "log_cost_estimate",
     "model_name",
     "versions",
@@ -43,6 +46,7 @@ from tqdm.auto import tqdm
 
 from fade.core import (
     FadeError,
+    cache_path,
     data_path,
     edit_file,
     load_json,
@@ -50,6 +54,7 @@ from fade.core import (
     logger,
     partial_prefix,
     require,
+    require_space,
     save_json,
     set_aside,
 )
@@ -57,6 +62,7 @@ from fade.diffusion.pipeline import (
     Sampler,
     count_forwards,
     encode_prompts,
+    initial_noise,
     load_pipeline,
     predict_noise,
 )
@@ -118,9 +124,7 @@ def expected_forwards(
 @torch.no_grad()
 def seconds_per_forward(pipe: StableDiffusionPipeline, batch: int) -> float:
     "One measured sample-forward."
-    unet = pipe.unet
-    shape = batch, unet.config.in_channels, *(unet.config.sample_size,) * 2
-    x = torch.zeros(shape, device=pipe.device, dtype=unet.dtype)
+    x = initial_noise(pipe, [torch.Generator()] * batch).to(pipe.device, pipe.unet.dtype)
     c = encode_prompts(pipe, [""]).expand(batch, -1, -1)
     predict_noise(pipe, x, 500, c)
     start = time.perf_counter()
@@ -131,33 +135,66 @@ def seconds_per_forward(pipe: StableDiffusionPipeline, batch: int) -> float:
 
 
 # %% ../nbs/71_run.ipynb #50c8f1f6
-def log_cost_estimate(cache: ImageCache, resolved: Resolved) -> None:
-    "Log what the run will cost, training and scoring apart."
-    config, recipe = resolved.config, resolved.recipe
-    names = [resolved.target] + [c for c in resolved.concepts.names if c != resolved.target]
+def neighborhood_images(
+    cache: ImageCache,
+    names: list[str],  # the target and its candidates
+    k: int,  # neighbors
+) -> tuple[int, int]:  # how many images are not cached; at most how many a shortlist generates
+    "The images of the original model that a neighborhood still needs."
     have = [len(cache.load("neighborhood", c, cache.phi_kind)) for c in names]
     missing = sum(25 - min(25, n) for n in have)
-    short = shortlist_images(len(names) - 1, config.k, 25, cache.sampler)
-    near = min(missing, short) if config.shortlist else missing
+    return missing, min(missing, shortlist_images(len(names) - 1, k, 25, cache.sampler))
+
+
+def cost_sentence(
+    cache: ImageCache,
+    what: str,  # begins the sentence
+    forwards: int,  # sample-forwards
+    seconds: float | None = None,  # of each; measured when left out
+) -> str:
+    "What a stage costs here, as sample-forwards and minutes."
+    if seconds is None:
+        seconds = seconds_per_forward(cache.pipe, cache.sampler.batch)
+    return (
+        f"{what}: at most {forwards:,} U-Net sample-forwards, "
+        f"about {forwards * seconds / 60:.1f} minutes on {cache.pipe.device.type}"
+    )
+
+
+def require_disk(
+    cache: ImageCache,
+    images: int,  # to be cached
+    needs: dict[Path, int] | None = None,  # of other folders, in bytes
+) -> None:
+    "Raise `FadeError` where the cache or a folder cannot hold what will be written to it."
+    latent = initial_noise(cache.pipe, [torch.Generator()]).numel()
+    cached = {cache_path("images", "x").parent: images * (2 * latent + 2048)}  # and features
+    require_space(cached | (needs or {}))
+
+
+# %% ../nbs/71_run.ipynb #aaf77b85
+def log_cost_estimate(cache: ImageCache, resolved: Resolved, folder: Path) -> None:
+    """Log what the run will cost, training and scoring apart.
+    Raises `FadeError` where there is no space for it."""
+    config, recipe = resolved.config, resolved.recipe
+    names = [resolved.target] + [c for c in resolved.concepts.names if c != resolved.target]
+    missing, short = neighborhood_images(cache, names, config.k)
+    near = short if config.shortlist else missing
     scored = 2 * config.n * min(3 * config.k + 11, len(names) + 10) if config.score else 0
     stages = expected_forwards(recipe, cache.sampler, config.k, near, scored)
-    one = seconds_per_forward(cache.pipe, cache.sampler.batch) / 60
+    weights = sum(p.numel() for p in cache.pipe.unet.parameters())
+    require_disk(cache, near + scored, {folder: weights // 100})  # a mesh has about that
+    one = seconds_per_forward(cache.pipe, cache.sampler.batch)
     scoring = stages.pop("scoring")
     erasing = ", ".join(f"{v:,} {name}" for name, v in stages.items() if v) or "none"
     logger.info(
         f"erasing '{resolved.target}' from {model_name(cache.pipe)} with {config.method}, recipe "
         f"'{recipe.name}', {recipe.steps} steps, {len(names) - 1} candidates"
     )
-    total = sum(stages.values())
-    logger.info(
-        f"to erase: at most {total:,} U-Net sample-forwards, about {total * one:.1f} minutes on "
-        f"{cache.pipe.device.type} ({erasing})"
-    )
+    logger.info(f"{cost_sentence(cache, 'to erase', sum(stages.values()), one)} ({erasing})")
     if scoring:
-        logger.info(
-            f"to score: at most {scoring:,}, about {scoring * one:.1f} minutes; --no-score leaves "
-            "that to fade evaluate"
-        )
+        cost = cost_sentence(cache, "to score", scoring, one)
+        logger.info(f"{cost}; --no-score leaves that to fade evaluate")
     if not config.shortlist and missing > 4 * short:
         logger.info(
             f"a shortlist (--shortlist) would need {short:,} images of the original model, "
@@ -277,7 +314,8 @@ def run_stages(cache: ImageCache, folder: Path, resolved: Resolved) -> dict:
     "The stages of `run`, after everything was checked."
     config, seconds, begin = resolved.config, {}, time.monotonic()
     reset_peak_memory()
-    log_cost_estimate(cache, resolved)
+    resolved.recipe.check_model(cache.pipe.unet)
+    log_cost_estimate(cache, resolved, folder)
     target, concepts = resolved.target, resolved.concepts
     hood = neighborhood(cache, target, concepts, config.k, short=config.shortlist)
     hood.save(folder / "neighborhood.json")
@@ -290,12 +328,12 @@ def run_stages(cache: ImageCache, folder: Path, resolved: Resolved) -> dict:
     if config.score:
         classifier = choose_classifier(cache, hood, config.classifier)
         scores = evaluate(cache, edit, hood, classifier, config.n)
-    save_or_warn(folder / "before_after.png", lambda: before_after(cache, edit, hood))
     seconds["evaluation"] = round(time.monotonic() - start, 1)
     seconds["total"] = round(time.monotonic() - begin, 1)
     record = {**made_by(cache, hood, edit, resolved), **scores, "unet": unet, "seconds": seconds}
-    edit.detach()
     save_json(folder / "metrics.json", record)
+    save_or_warn(folder / "before_after.png", lambda: before_after(cache, edit, hood))
+    edit.detach()
     logger.info(score_table(record) if config.score else f"not scored: fade evaluate {folder}")
     return load_json(folder / "metrics.json")
 

@@ -41,6 +41,7 @@ from fade.diffusion.pipeline import (
     decode,
     encode_prompts,
     predict_noise,
+    scheduler_class,
     signal_levels,
 )
 from fade.method import (
@@ -76,6 +77,13 @@ class CaRecipe(BaseRecipe):
     prior: float = Field(1.0, ge=0)  # λ
     decay: float = Field(1e-2, ge=0)  # weight decay
     clip: float = Field(1.0, ge=0)  # largest gradient norm; 0 for none
+
+    @field_validator("scheduler")
+    @classmethod
+    def scheduler_exists(cls, name: str) -> str:
+        if name:
+            scheduler_class(name)
+        return name
 
     @field_validator("anchor")
     @classmethod

@@ -21,8 +21,12 @@ __all__ = [
     "require_supported",
     "quiet_loading",
     "read_pipeline",
+    "require_device",
     "load_pipeline",
     "merge_settings",
+    "SamplerSettings",
+    "MethodSettings",
+    "ModelSettings",
     "settings_for",
     "token_ids",
     "is_cut",
@@ -36,6 +40,7 @@ __all__ = [
     "note_probe_forwards",
     "signal_levels",
     "add_noise",
+    "scheduler_class",
     "Sampler",
     "sampler_for",
     "guided_noise",
@@ -70,11 +75,21 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
-from ..core import FadeError, data_path, in_batches, load_error, load_json, logger, require
+from fade.core import (
+    FadeError,
+    data_path,
+    in_batches,
+    load_error,
+    load_json,
+    logger,
+    require,
+    validated,
+)
 
 
 # %% ../../nbs/20_pipeline.ipynb #7b9c7b26
@@ -341,6 +356,17 @@ def read_pipeline(
 dtypes = "float32", "bfloat16", "float16"
 
 
+def require_device(
+    device: str,  # such as `cpu`, `cuda:1` or `mps`
+) -> None:
+    "Raise `FadeError` for a device that does not exist here, before anything is loaded."
+    try:
+        found = torch.zeros(1, device=device).device.type in ("cpu", "cuda", "mps", "xpu")
+    except (RuntimeError, AssertionError, NotImplementedError):
+        found = False
+    require(found, f"There is no device '{device}' here: choose cpu, cuda or mps.")
+
+
 def load_pipeline(
     model: str | Path = "",  # a diffusers folder or hub id; the miniature when empty
     device: str = "",  # `default_device()` when empty
@@ -351,12 +377,15 @@ def load_pipeline(
         dtype in dtypes,
         f"There is no dtype '{dtype}': choose float32, bfloat16 or float16.",
     )
+    require_device(device := device or default_device())
     pipe = read_pipeline(model or data_path("miniature"), getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(device or default_device())
-    except (RuntimeError, AssertionError) as e:
-        raise FadeError(f"There is no device '{device}' here: choose cpu, cuda or mps.") from e
+        return pipe.to(device)
+    except RuntimeError as e:  # out of memory
+        raise FadeError(
+            f"{model} does not fit on {device} ({str(e).splitlines()[0]}): choose another device."
+        ) from e
 
 
 # %% ../../nbs/20_pipeline.ipynb #714388dd
@@ -372,14 +401,44 @@ def merge_settings(
     return merged
 
 
+# %% ../../nbs/20_pipeline.ipynb #7b0570e6
+class SamplerSettings(BaseModel):
+    "The fields of `Sampler` that a model's folder recommends."
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    steps: int = Field(50, ge=1, le=1000)
+    guidance_scale: float = 8.0
+    scheduler: str = ""
+    batch: int = Field(32, ge=1, lt=2**31)
+
+
+class MethodSettings(BaseModel):
+    "The recipes that a model's folder has for one method."
+
+    recipe: str = ""  # the recommended one
+    recipes: dict[str, dict[str, JsonValue]] = {}
+
+
+class ModelSettings(BaseModel):
+    "The content of a model's `fade.json`."
+
+    phi: str = ""  # a folder in the model's
+    classifier: str = ""
+    sampler: SamplerSettings = SamplerSettings()
+    methods: dict[str, MethodSettings] = {}
+
+
 # %% ../../nbs/20_pipeline.ipynb #d4314dff
 def settings_for(
     pipe: StableDiffusionPipeline | str | Path | None,  # a pipeline, or its folder or hub id
 ) -> dict[str, Any]:  # `phi`, `classifier`, `sampler`, and `methods` with their recipes
-    "The settings that a model's folder recommends, over those for SD v1.4."
+    """The settings that a model's folder recommends, over those for SD v1.4.
+    Raises `FadeError` for a `fade.json` with other content."""
     defaults = yaml.safe_load(data_path("defaults.yaml").read_text(encoding="utf-8"))
     folder = Path(getattr(pipe, "name_or_path", pipe) or "")
-    own = load_json(folder / "fade.json") if (folder / "fade.json").is_file() else {}
+    file = folder / "fade.json"
+    own = load_json(file) if file.is_file() else {}
+    validated(ModelSettings, own, file, "correct or remove it.")
     files = {k: str(folder / own[k]) for k in ("phi", "classifier") if own.get(k)}
     return merge_settings(defaults, {**own, **files})
 
@@ -523,6 +582,18 @@ def add_noise(
 
 
 # %% ../../nbs/20_pipeline.ipynb #86ba17ba
+def scheduler_class(
+    name: str,
+) -> type[SchedulerMixin]:
+    "A scheduler of diffusers by name. Raises `FadeError` for an unknown one."
+    kind = getattr(diffusers, name, None)
+    require(
+        isinstance(kind, type) and issubclass(kind, SchedulerMixin),
+        f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
+    )
+    return kind
+
+
 @dataclass(frozen=True)
 class Sampler:
     "How images are generated."
@@ -539,18 +610,13 @@ class Sampler:
 
     def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
         "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
-        name = self.scheduler
-        found = getattr(diffusers, name, None) if name else type(pipe.scheduler)
-        require(
-            isinstance(found, type) and issubclass(found, SchedulerMixin),
-            f"There is no scheduler '{name}': give a class of diffusers, such as DDIMScheduler.",
-        )
+        kind = scheduler_class(self.scheduler) if self.scheduler else type(pipe.scheduler)
         try:
-            scheduler = found.from_config(pipe.scheduler.config)
+            scheduler = kind.from_config(pipe.scheduler.config)
             scheduler.set_timesteps(self.steps, device=pipe.device)
         except Exception as e:  # every scheduler has limits and defects of its own
             raise FadeError(
-                f"{found.__name__} cannot make {self.steps} steps of this model "
+                f"{kind.__name__} cannot make {self.steps} steps of this model "
                 f"({str(e).splitlines()[0]}): correct its scheduler_config.json, or choose "
                 "another scheduler or number of steps."
             ) from e

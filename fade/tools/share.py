@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "shared_pictures",
+    "path_fields",
     "score_labels",
     "licenses",
     "limits_text",
@@ -12,6 +13,9 @@ __all__ = [
     "local_folder",
     "without_folders",
     "license_text",
+    "in_markdown",
+    "in_python",
+    "in_shell",
     "evaluation_results",
     "card_metadata",
     "loading_code",
@@ -27,7 +31,11 @@ __all__ = [
     "model_card",
     "check_repo",
     "load_card",
+    "local_path",
     "check_folder",
+    "require_whole_edit",
+    "miniature_fingerprint",
+    "require_base",
     "base_license",
     "require_empty",
     "write_shared",
@@ -38,11 +46,14 @@ __all__ = [
 # %% ../../nbs/82_share.ipynb #6b8a40ba
 import json
 import re
+import shlex
 import shutil
+from functools import lru_cache
 from importlib.metadata import files
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -53,30 +64,35 @@ from fade.core import (
     edit_file,
     edit_files,
     load_json,
+    load_tensors,
+    logger,
     require,
+    require_space,
     save_json,
 )
 
 from ..concepts import prompt
-from ..method import get_method
+from ..diffusion.adapters import model_fingerprint
+from ..diffusion.pipeline import load_pipeline
+from ..method import get_method, read_edit_metadata
+from ..neighborhood import Neighborhood
 from ..report import require_finished_run
 
 # %% ../../nbs/82_share.ipynb #ff4400cb
 shared_pictures = ("before_after.png", "losses.png")
+path_fields = (("model", "name"), ("classifier", "source"))  # of a record
 
 
 def without_folders(
-    obj: Any,  # anything JSON can hold
-) -> Any:
-    "The same with absolute paths reduced to their last part."
-    if isinstance(obj, dict):
-        return {k: without_folders(v) for k, v in obj.items()}
-    if isinstance(obj, list):
-        return [without_folders(v) for v in obj]
-    if not isinstance(obj, str) or len(obj) < 2:
-        return obj
-    absolute = PurePosixPath(obj).is_absolute() or PureWindowsPath(obj).is_absolute()
-    return re.split(r"[/\\]", obj.rstrip("/\\"))[-1] if absolute else obj
+    record: dict[str, Any],  # of a run, or another JSON file of its folder
+) -> dict[str, Any]:
+    "The same with the folders of models reduced to their last part; a name is no path."
+    record = dict(record)
+    for part, field in path_fields:
+        if (record.get(part) or {}).get(field):
+            last = re.split(r"[/\\]", record[part][field].rstrip("/\\"))[-1]
+            record[part] = {**record[part], field: last}
+    return record
 
 
 # %% ../../nbs/82_share.ipynb #2c91deae
@@ -86,6 +102,33 @@ def license_text() -> str:
     if not path.is_file():  # in an installed package
         path = next(Path(f.locate()) for f in files("fade-erasure") if f.name == "LICENSE")
     return path.read_text(encoding="utf-8")
+
+
+# %% ../../nbs/82_share.ipynb #3b342535
+def in_markdown(
+    value: Any,  # a name, a number, a version
+) -> str:
+    "A value as literal text of a line or a table cell."
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]", " ", str(value)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"[\\`*_\[\]|$~#!^]|:(?=//)|@", r"\\\g<0>", text)
+
+
+def in_python(
+    text: str,
+) -> str:
+    "A string literal without characters that Markdown, HTML or a bidirectional reader would take."
+    literal = json.dumps(text, ensure_ascii=False)
+    strange = r"[<`\x7f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069]"
+    return re.sub(strange, lambda m: f"\\u{ord(m[0]):04x}", literal)
+
+
+def in_shell(
+    text: str,
+) -> str:
+    "One word of a shell command, on one line, without an HTML tag or a fence of backticks."
+    quoted = shlex.quote(" ".join(text.split()))
+    return re.sub("[<`]", lambda m: f"'\\{m[0]}'", quoted)
 
 
 # %% ../../nbs/82_share.ipynb #0d5bce18
@@ -154,13 +197,14 @@ def loading_code(
     weights: str,  # one of `edit_files`
 ) -> tuple[list[str], list[str]]:  # lines that import, lines that load
     "Python lines that load a mesh or changed weights into `pipe`."
+    where_text = in_python(where)
     if weights == edit_files[0]:
-        load = f'pipe.load_lora_weights("{where}", weight_name="{weights}")'
+        load = f'pipe.load_lora_weights({where_text}, weight_name="{weights}")'
         return [], [f"{load}  # pipe.unload_lora_weights() removes it"]
     imports, file = ["from safetensors.torch import load_file"], f'"{weights}"'
     if where != ".":
         imports.insert(0, "from huggingface_hub import hf_hub_download")
-        file = f'hf_hub_download("{where}", "{weights}")'
+        file = f'hf_hub_download({where_text}, "{weights}")'
     return imports, [
         f"edit = load_file({file})",
         "unknown = pipe.unet.load_state_dict(edit, strict=False).unexpected_keys",
@@ -193,9 +237,9 @@ def diffusers_code(
     lines = [
         *program_imports(scheduler, imports),
         "",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
+        f"pipe = StableDiffusionPipeline.from_pretrained({in_python(base)})",
         *load,
-        f"prompt = {json.dumps(text, ensure_ascii=False)}",
+        f"prompt = {in_python(text)}",
         f"settings = dict(num_inference_steps={sampler['steps']}, "
         f"guidance_scale={sampler['guidance_scale']})",
         "image = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).images[0]",
@@ -210,19 +254,20 @@ def fade_text(
     model: str,  # the base model's hub id; empty for the miniature
 ) -> str:
     "The card's section on loading with fade, in the shared folder itself."
-    option = f" --model {model}" if model else ""
+    option = f" --model {in_shell(model)}" if model else ""
     text = prompt(metrics["target"], metrics["template"])
     code = [
         "from fade.api import load_edit, load_pipeline",
         "",
-        f'pipe = load_pipeline("{model}")' if model else "pipe = load_pipeline()",
+        f"pipe = load_pipeline({in_python(model) if model else ''})",
         'edit = load_edit(pipe, ".")  # this folder',
         "edit.set_scale(0.7)  # 1 as trained, 0 for the base model",
         "edit.detach()  # the pipeline as it was",
     ]
-    command = f'fade generate FOLDER{option} --prompt "{text}"'
-    words = f"In a terminal: `{command}`, where FOLDER is a copy of this one."
-    return "\n".join(["## With fade", "", "```python", *code, "```", "", words, "", ""])
+    command = f"fade generate FOLDER{option} --prompt {in_shell(text)}"
+    words = "In a terminal, where FOLDER is a copy of this one:"
+    python, shell = ["```python", *code, "```"], ["```sh", command, "```"]
+    return "\n".join(["## With fade", "", *python, "", words, "", *shell, "", ""])
 
 
 # %% ../../nbs/82_share.ipynb #6261605d
@@ -248,7 +293,8 @@ def scores_text(
     classifier, quality = metrics.get("classifier") or {}, metrics.get("quality") or {}
     kind, source = classifier.get("kind", ""), classifier.get("source", "")
     about = (
-        f"The classifier: {kind} with {classifier.get('classes', '?')} names ({source}). "
+        f"The classifier: {in_markdown(kind)} with {classifier.get('classes', '?')} names "
+        f"({in_markdown(source)}). "
         "Intervals are over images. The method was trained on the neighbors, "
         "and not on the held-out neighbors or the unrelated concepts."
     )
@@ -286,14 +332,16 @@ def making_text(
         "target": metrics["target"],
         "neighbors": ", ".join(f"{o['name']} ({o['similarity']})" for o in neighbors),
         "concept set": metrics.get("candidates", ""),
-        "base model": f"{base}, fingerprint `{metrics['model']['fingerprint']}`",
+        "base model": base,
         "prompt template": metrics["template"],
         "recipe": list_values(metrics.get("recipe")),
         "seeds": list_values(metrics.get("seeds")),
         "seconds": (metrics.get("seconds") or {}).get("total", ""),
         "versions": list_values(metrics.get("versions")),
     }
-    return markdown_table([row for row in rows.items() if row[1] != ""], ["", ""])
+    rows = {k: in_markdown(v) for k, v in rows.items() if v != ""}
+    rows["base model"] += f", fingerprint `{metrics['model']['fingerprint']}`"
+    return markdown_table(list(rows.items()), ["", ""])
 
 
 # %% ../../nbs/82_share.ipynb #b072f724
@@ -324,8 +372,9 @@ def card_opening(
         kind = "Changed weights of the U-Net,"
     else:
         kind = "Networks beside the U-Net,"
+    target = in_markdown(metrics["target"])
     return (
-        f"{kind} trained to erase **{metrics['target']}** from {base} and to preserve similar "
+        f"{kind} trained to erase **{target}** from {base} and to preserve similar "
         "concepts; the scores below measure both. "
         f"Method: `{metrics.get('method', 'fade')}`, in a reproduction of "
         "[FADE](https://arxiv.org/abs/2503.19783) (CVPR 2025) that is not by its authors."
@@ -348,12 +397,12 @@ def card_sections(
         code = f"```python\n{lines}\n```"
     loading = [f"## With diffusers\n\n{method.diffusers_note}", code, fade_text(metrics, model)]
     return [
-        card_opening(metrics, weights, model or miniature_text),
+        card_opening(metrics, weights, in_markdown(model) if model else miniature_text),
         f"## Scores\n\n{scores_text(metrics)}",
         "\n\n".join(part.strip() for part in loading if part),
         f"## How it was made\n\n{making_text(metrics, model or metrics['model']['name'])}",
         f"## Limits\n\n{limits_text}",
-        f"## Licenses\n\nThe weights have the license of the base model, {license}. "
+        f"## Licenses\n\nThe weights have the license of the base model, {in_markdown(license)}. "
         "The code of fade is under Apache-2.0, the text in `LICENSE`.",
     ]
 
@@ -379,7 +428,7 @@ def model_card(
         if picture in pictures:
             sections[section] += f"\n\n![{words[picture]}]({picture})"
     text = "\n\n".join(section.strip() for section in sections)
-    return ModelCard(f"---\n{metadata}\n---\n\n# {name}\n\n{text}\n")
+    return ModelCard(f"---\n{metadata}\n---\n\n# {in_markdown(name)}\n\n{text}\n")
 
 
 # %% ../../nbs/82_share.ipynb #d4b05baf
@@ -409,7 +458,7 @@ def load_card(
     "A folder's card. Raises `FadeError` when it cannot be read, or lacks a license."
     try:
         card = ModelCard.load(folder / "README.md")
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise FadeError(
             f"The card of {folder} cannot be read ({str(e).splitlines()[0]}): "
             "write the folder again with 'fade share'."
@@ -423,46 +472,111 @@ def load_card(
 
 
 # %% ../../nbs/82_share.ipynb #bb5d6eb0
+def local_path(
+    text: str,  # of a shared file
+    record: dict[str, Any],  # a run's, whose names are no paths
+) -> str:
+    "The first path of this machine that a text contains; empty when there is none."
+    names = [record.get("target"), record.get("template"), *(record.get("per_concept") or {})]
+    names += [o["name"] for o in record.get("neighbors") or []]
+    names.append(prompt(str(names[0]), record.get("template") or "{}"))
+    known = json.dumps(names, ensure_ascii=False).replace("\\", "")
+    found = (m[0].replace("\\", "") for m in local_folder.finditer(text))
+    return next((path for path in found if path.rstrip("*&,.") not in known), "")
+
+
 def check_folder(
     folder: str | Path,  # made by `share_run`
 ) -> ModelCard:  # its card
     "Raise `FadeError` for a folder that is not ready for a hub."
     folder, again = Path(folder), "write the folder again with 'fade share'."
     card = load_card(folder)
-    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", card.text) + ["LICENSE", "metrics.json"]
+    fence = r"^```(?:python|sh)\n(.*?)^```$"
+    prose = re.sub(fence, "", card.text, flags=re.S | re.M)
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", prose) + ["LICENSE", "metrics.json"]
     for link in links:
         exists = (folder / link).is_file()
         require(exists, f"{folder} lacks {link}, which its card links to: {again}")
     for code in re.findall(r"```python\n(.*?)```", card.text, re.S):
-        compile(code, "the card", "exec")
+        try:
+            compile(code, "the card", "exec")
+        except (SyntaxError, ValueError) as e:
+            raise FadeError(f"The code in the card of {folder} is no Python ({e}): {again}") from e
+    record = require_finished_run(folder)
     for file in ("README.md", "metrics.json"):
-        found = local_folder.search((folder / file).read_text(encoding="utf-8"))
-        path = found and found[0]
+        path = local_path((folder / file).read_text(encoding="utf-8"), record)
         require(not path, f"{folder}/{file} contains a local path, {path}: {again}")
     return card
 
 
+# %% ../../nbs/82_share.ipynb #ed38ae7a
+def require_whole_edit(
+    file: Path,  # a mesh or an edit
+    record: dict[str, Any],  # of its run
+) -> None:
+    "Raise `FadeError` for weights that are cut, not finite, or of another run."
+    tensors, _ = load_tensors(file)
+    again = "erase again, in another folder."
+    require(tensors, f"{file} holds no weights: {again}")
+    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), "")
+    require(not broken, f"{file} has numbers in '{broken}' that are not finite: {again}")
+    about, model = read_edit_metadata(file), record["model"]["fingerprint"]
+    for field, here in (("method", record["method"]), ("model", model)):
+        there = about.get(field, here)
+        sentence = f"{file} has the {field} {there}, and metrics.json beside it {here}: {again}"
+        require(there == here, sentence)
+    weights, written = record["edit"]["weights"], sum(v.numel() for v in tensors.values())
+    require(
+        not about or written >= weights,
+        f"{file} holds {written} of {weights} weights: it is not whole, {again}",
+    )
+    if (target := about.get("target", record["target"])) != record["target"]:
+        logger.warning(
+            f"{file} was trained to erase '{target}', and metrics.json beside it names "
+            f"'{record['target']}', which the card repeats."
+        )
+
+
 # %% ../../nbs/82_share.ipynb #10b558af
+@lru_cache
+def miniature_fingerprint(dtype: str) -> str:
+    "The fingerprint of the miniature that ships with fade."
+    return model_fingerprint(load_pipeline(dtype=dtype))
+
+
+def require_base(
+    record: dict[str, Any],  # a run's
+    model: str,  # the base model's hub id; empty for the miniature
+) -> None:
+    "Raise `FadeError` unless the run was made on the model that the card will name."
+    name, made = record["model"]["name"], record["model"]["fingerprint"]
+    dtype = record["model"].get("dtype", "float32")
+    shipped = name == "miniature" and made == miniature_fingerprint(dtype)
+    remedy = "give its hub id (--model), such as CompVis/stable-diffusion-v1-4."
+    changed = "a changed model that is also called" if name == "miniature" else "the model"
+    require(model or shipped, f"The run is of {changed} {name}: {remedy}")
+    if not model or model.split("/")[-1] == name:
+        return
+    what = f"The run is of the model {name} ({made}), and not of {model}"
+    require(not shipped, f"{what}: leave --model out for the miniature that ships with fade.")
+    try:
+        other = model_fingerprint(load_pipeline(model, dtype=dtype))
+    except FadeError as e:
+        raise FadeError(f"{what}, as far as can be told ({e}): {remedy}") from e
+    require(other == made, f"{what} ({other}): {remedy}")
+
+
 def base_license(
-    metrics: dict[str, Any],  # a run's record
-    model: str,  # the base model's hub id
+    model: str,  # the base model's hub id; empty for the miniature
     license: str,  # the base model's
 ) -> str:
-    "The license of the weights. Raises `FadeError` when it, or the base model, is not named."
-    name = metrics["model"]["name"]
-    if name == "miniature":
-        return license or "apache-2.0"
+    "The license of the weights. Raises `FadeError` when it is not named."
     require(
-        model,
-        f"The run is of the model {name}: "
-        "give its hub id (--model), such as CompVis/stable-diffusion-v1-4.",
-    )
-    require(
-        license,
+        license or not model,
         "The weights have the license of the base model: "
         "name it (--license), such as creativeml-openrail-m.",
     )
-    return license
+    return license or "apache-2.0"
 
 
 # %% ../../nbs/82_share.ipynb #8a99ba18
@@ -511,10 +625,15 @@ def share_run(
     run, out = Path(run), Path(out)
     metrics, file = without_folders(require_finished_run(run)), edit_file(run)
     require(file, f"{run} holds neither {' nor '.join(edit_files)}: there is nothing to share.")
-    license = base_license(metrics, model, license)
     for name, option in ((repo, "--repo"), (model, "--model")):
         if name:
             check_repo(name, option)
+    if (run / "neighborhood.json").is_file():
+        Neighborhood.load(run / "neighborhood.json")
+    require_space({out: file.stat().st_size})
+    require_whole_edit(file, metrics)
+    require_base(metrics, model)
+    license = base_license(model, license)
     pictures = tuple(p for p in shared_pictures if (run / p).is_file())
     texts = {
         "LICENSE": license_text(),
@@ -537,6 +656,9 @@ def push(
     require(repo, "The repository is not named: give --repo, such as someone/fade-crimson-daisy.")
     check_repo(repo, "--repo")
     check_folder(folder)
+    file = edit_file(folder)
+    require(file, f"{folder} holds no weights: write the folder again with 'fade share'.")
+    require_whole_edit(file, require_finished_run(folder))
     advice = "run 'hf auth login', or set HF_TOKEN, with a token that may write."
     require(get_token(), f"There is no token for the hub: {advice}")
     api, message = HfApi(), "Weights, card and record"

@@ -33,6 +33,9 @@ __all__ = [
     "example_images",
     "page_content",
     "study_key",
+    "StudyTask",
+    "StudyKey",
+    "read_key",
     "write_study",
     "require_study_size",
     "build_study",
@@ -85,7 +88,7 @@ from diffusers import StableDiffusionPipeline
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import BaseModel, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from fade.core import (
     FadeError,
@@ -98,6 +101,7 @@ from fade.core import (
     require,
     save_json,
     seed_for,
+    validated,
 )
 
 # %% ../../nbs/83_study.ipynb #f9beb0bd
@@ -109,7 +113,7 @@ from ..images import ImageCache
 from ..method import load_edit
 from ..metrics import choose_classifier, erb
 from ..neighborhood import Neighborhood
-from ..report import require_finished_run
+from ..report import load_run
 from ..vision.features import to_pil
 
 
@@ -152,7 +156,7 @@ def load_study_run(
 ) -> StudyRun:
     "A run for a study. Raises `FadeError` when it is not finished."
     folder = Path(folder)
-    record, hood = require_finished_run(folder), Neighborhood.load(folder / "neighborhood.json")
+    record, hood = load_run(folder)
     settings = {key: record[key] for key in ("model", "sampler", "template")}
     return StudyRun(folder, f"{number} {folder.name}", record["method"], hood, settings)
 
@@ -548,6 +552,49 @@ def study_key(
     )
 
 
+# %% ../../nbs/83_study.ipynb #ed0fdd0d
+class StudyTask(BaseModel):
+    "A task of a key."
+
+    kind: Literal["name", "yesno", "pair"]
+    method: str | None
+    run: str | None
+    condition: Literal["edited", "original"]
+    target: str
+    concept: str
+    group: str
+    check: bool
+    pictures: dict[str, dict[str, Any]]
+    names: list[str] = []  # to choose from
+    name: str = ""  # of the question
+
+
+class StudyKey(BaseModel):
+    "The content of a `key.json`."
+
+    kind: Literal["fade study key"]
+    page: str
+    forms: Annotated[list[list[str]], Field(min_length=1)]
+    tasks: dict[str, StudyTask]
+
+    @model_validator(mode="after")
+    def whole(self) -> "StudyKey":
+        "Every task of a form is there."
+        if unknown := {i for form in self.forms for i in form} - self.tasks.keys():
+            raise ValueError(f"its forms have tasks that it lacks, such as {min(unknown)}")
+        return self
+
+
+# %% ../../nbs/83_study.ipynb #13c8ba71
+def read_key(
+    key: str | Path | dict,  # a `key.json`, or its content
+) -> dict[str, Any]:
+    "A study's key. Raises `FadeError` for another file, or one that is not whole."
+    content, name = (key, "The key") if isinstance(key, dict) else (load_json(key), key)
+    validated(StudyKey, content, name, "it is not the key that build_study wrote.")
+    return content
+
+
 # %% ../../nbs/83_study.ipynb #9a190293
 def write_study(
     out: Path,
@@ -556,7 +603,7 @@ def write_study(
 ) -> dict[str, Any]:  # the key
     "Write `study.html` and `key.json`. Raises `FadeError` where another study's key would be lost."
     require(
-        not (out / "key.json").exists() or load_json(out / "key.json").get("page") == key["page"],
+        not (out / "key.json").exists() or read_key(out / "key.json")["page"] == key["page"],
         f"{out} contains another study, whose answers need its key: choose another folder.",
     )
     with atomic_write(out / "study.html") as file:
@@ -772,11 +819,7 @@ def read_answers(
     simulated: bool = False,  # read simulated participants, and no others
 ) -> pd.DataFrame:  # a row for each answer
     "All usable answers; a warning for each other file. Raises `FadeError` when there are none."
-    key = key if isinstance(key, dict) else load_json(key)
-    require(
-        key.get("kind") == "fade study key",
-        "This is not the key of a study: give the key.json that build_study wrote.",
-    )
+    key = read_key(key)
     files = {}
     for path in sorted(Path(folder).glob("*.json")):
         if path.name == "key.json":

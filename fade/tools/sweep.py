@@ -9,6 +9,9 @@ __all__ = [
     "Parameter",
     "literal_value",
     "declared_parameters",
+    "Cell",
+    "Notebook",
+    "read_cells",
     "read_parameters",
     "parameter_type",
     "check_values",
@@ -42,6 +45,7 @@ __all__ = [
     "execute_runs",
     "plan_sweep",
     "notebook_code",
+    "SweepRecord",
     "sweep_record",
     "log_sweep_plan",
     "log_dry_run",
@@ -61,7 +65,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional
 
@@ -82,6 +86,7 @@ from fade.core import (
     require,
     require_extra,
     save_json,
+    validated,
 )
 
 
@@ -125,20 +130,41 @@ def declared_parameters(
 
 
 # %% ../../nbs/81_sweep.ipynb #cba0f60e
+class Cell(BaseModel):
+    "A notebook's cell."
+
+    cell_type: str
+    source: str | list[str]
+    metadata: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        "The source as one string."
+        return "".join(self.source)
+
+
+class Notebook(BaseModel):
+    "The part of an `.ipynb` file that a sweep needs."
+
+    cells: list[Cell]
+
+
+def read_cells(notebook: str | Path) -> list[Cell]:
+    "The cells of a notebook. Raises `FadeError` for a file that is none."
+    try:
+        return validated(Notebook, load_json(notebook), notebook, "").cells
+    except FadeError as e:
+        raise FadeError(f"Cannot read {notebook} as a notebook: give an .ipynb file.") from e
+
+
+# %% ../../nbs/81_sweep.ipynb #df67abb4
 def read_parameters(
     notebook: str | Path,  # an experiment
 ) -> dict[str, Parameter]:
     "The parameters of a notebook. Raises `FadeError` when it cannot be read or has none."
-    try:
-        cells = load_json(notebook)["cells"]
-        sources = [
-            "".join(cell["source"])
-            for cell in cells
-            if "parameters" in cell["metadata"].get("tags", [])
-        ]
-    except (FadeError, KeyError, TypeError, AttributeError) as e:
-        raise FadeError(f"Cannot read {notebook} as a notebook: give an .ipynb file.") from e
-    found = declared_parameters(sources[0]) if sources else {}
+    cells = read_cells(notebook)
+    tagged = [cell for cell in cells if "parameters" in (cell.metadata.get("tags") or [])]
+    found = declared_parameters(tagged[0].text) if tagged else {}
     require(
         found,
         f"The notebook {notebook} has no parameters: "
@@ -411,8 +437,7 @@ def stated_cost(
     notebook: str | Path,  # an experiment
 ) -> str:
     "The cost that the notebook's table states; empty when it states none."
-    cells = load_json(notebook)["cells"]
-    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    texts = [cell.text for cell in read_cells(notebook) if cell.cell_type == "markdown"]
     rows = [row for text in texts for row in text.splitlines() if row.startswith("| **costs** |")]
     return rows[0].split("|")[2].strip() if rows else ""
 
@@ -424,12 +449,10 @@ def run_durations(
     "The time that papermill took for each finished run."
     seconds = []
     for path in sorted(out.glob("*/metrics.json")):
-        try:
+        with suppress(FadeError, KeyError, TypeError):  # papermill may have been killed
             book = load_json(path.parent / "notebook.ipynb")
             seconds.append(book["metadata"]["papermill"]["duration"])
-        except (FadeError, KeyError, TypeError):
-            continue  # not there, or papermill was killed while it wrote
-    return [s for s in seconds if s]
+    return [s for s in seconds if isinstance(s, (int, float)) and 0 < s < math.inf]
 
 
 # %% ../../nbs/81_sweep.ipynb #b2d8c25e
@@ -459,7 +482,12 @@ def result_row(
     folder: Path,  # a finished run's
 ) -> dict[str, Any]:
     "A run's name, parameters and metrics."
-    params = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))
+    file = folder / "params.yaml"
+    try:
+        params = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise FadeError(f"Cannot read {file} as YAML: remove the folder to run again.") from e
+    require(isinstance(params, dict), f"{file} has no settings: remove the folder to run again.")
     flat = pd.json_normalize(load_json(folder / "metrics.json")).to_dict("records")[0]
     row = {"run": folder.name}
     row |= {k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in params.items()}
@@ -478,7 +506,13 @@ def collect_results(
     "The finished runs as one table, also written to `sweep.csv`."
     out = Path(out)
     folders = sorted(path.parent for path in out.glob("*/params.yaml"))
-    rows = pd.DataFrame([result_row(folder) for folder in folders if is_finished(folder)])
+    rows = []
+    for folder in filter(is_finished, folders):
+        try:
+            rows.append(result_row(folder))
+        except FadeError as e:  # one edited file does not lose the others
+            logger.warning(f"{folder.name} is left out of the table: {e}")
+    rows = pd.DataFrame(rows)
     if len(rows):
         with atomic_write(out / "sweep.csv") as file:
             rows.to_csv(file, index=False)
@@ -683,8 +717,14 @@ def notebook_code(
     notebook: Path,
 ) -> str:
     "A fingerprint of a notebook's code cells."
-    cells = load_json(notebook)["cells"]
-    return fingerprint([cell["source"] for cell in cells if cell["cell_type"] == "code"])
+    return fingerprint([c.source for c in read_cells(notebook) if c.cell_type == "code"])
+
+
+class SweepRecord(BaseModel):
+    "The content of a `sweep.json`."
+
+    notebook: str
+    code: str
 
 
 def sweep_record(
@@ -694,11 +734,9 @@ def sweep_record(
     "A sweep's notebook and its code. Raises `FadeError` in a folder of another notebook."
     if not (out / "sweep.json").is_file():
         return dict(schema=1, notebook=notebook.name, code=notebook_code(notebook))
-    record, other = load_json(out / "sweep.json"), "choose another folder (--out)."
-    require(
-        isinstance(record, dict) and {"notebook", "code"} <= record.keys(),
-        f"The file sweep.json in {out} was not written by a sweep: {other}",
-    )
+    file, other = out / "sweep.json", "choose another folder (--out)."
+    record = load_json(file)
+    validated(SweepRecord, record, file, other)
     same = record["notebook"] == notebook.name
     require(same, f"{out} is a sweep of {record['notebook']}: {other}")
     return record
@@ -790,8 +828,10 @@ def run_sweep(
     notebook = Path(notebook).resolve()
     runs = plan_sweep(notebook, grid, out)
     todo = {folder: params for folder, params in runs.items() if not is_finished(folder)}
+    most = max(1, len(todo))
     if executor == "debug" or not workers:
-        workers = max(1, len(todo)) if executor == "slurm" else 1
+        workers = most if executor == "slurm" else 1
+    workers = min(workers, most)
     with nullcontext() if dry_run else lock_sweep(out):
         log_sweep_plan(notebook, out, runs, todo, workers)
         if dry_run:
