@@ -671,7 +671,6 @@ both = dict(r=4, lora_alpha=2, target_modules=["to_k", "attn1.to_q"])
 one_third = {"attn2.to_k": 6}
 scales = {  # header, and the scale that it means for the first and the second attention
     "no header": ({}, 1.0, 1.0),
-    "rslora": (both | dict(use_rslora=True), 1.0, 1.0),
     "pattern": (both | dict(alpha_pattern=one_third), 0.5, 1.5),
     "both": (both | dict(use_rslora=True, alpha_pattern=one_third), 1.0, 3.0),
     "negative": (both | dict(lora_alpha=-4, lora_dropout=0.1), -1.0, -1.0),
