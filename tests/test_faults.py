@@ -299,17 +299,16 @@ def what_moves_no_image_keeps_the_key(place):
 
 @fault("remembered images")
 def the_cache_is_not_poisoned(place):
-    def similarities(*words):
-        assert main([*look, *words]) == 0
-        lines = place.capsys.readouterr().out.splitlines()
-        return [line for line in lines if line.strip()[:1].isdigit()]
+    def features(source=""):
+        return ImageCache(load_pipeline(source)).features("neighborhood", few[:1], 2)[few[0]]
 
     model = place.model()
     config = model / "scheduler" / "scheduler_config.json"
     with_config(config, "prediction_type", "v_prediction")
-    noise = similarities("--model", str(model))
+    noise = features(model)
     with_config(config, "prediction_type", "epsilon")
-    assert similarities("--model", str(model)) == similarities() != noise
+    assert torch.allclose(features(model), features(), atol=1e-3)
+    assert not torch.allclose(noise, features(), atol=0.1)
 
 
 @fault("traceback")
@@ -1316,7 +1315,7 @@ def edited_neighborhoods(place):
         (dict(names=hood["names"][:2]), "lacks a similarity"),
         (dict(names=["hooded owl"] * 3), "twice"),
         (dict(similarity=[float("nan"), 1.0, 0.0]), "similarity.0=nan"),
-        (dict(target="violet daisy"), "violet daisy"),
+        (dict(target="a lion"), "a lion"),
         (dict(names=hood["names"][::-1]), "others"),
         (dict(more=1), "more=1"),
     ):
@@ -1383,7 +1382,8 @@ strange_names = [
 @fault("dollars in a name")
 def a_run_of_a_name_with_dollars(place):
     place.write("money.txt", "Ba$$in daisy", "golden $ daisy $", "hooded owl", "azure finch")
-    hood = Neighborhood("Ba$$in daisy", ["golden $ daisy $", "hooded owl"], [9.0, 8.0], 1, "money")
+    source = concept_set("money.txt").name
+    hood = Neighborhood("Ba$$in daisy", ["golden $ daisy $", "hooded owl"], [9.0, 8.0], 1, source)
     words = ["erase", "Ba$$in daisy", "--candidates", "money.txt", "--k", "1", "--steps", "1"]
     with patch.object(fade.run, "neighborhood", return_value=hood), no_images():
         assert main([*words, "--set", "images=1", "--no-score", "--out", "money"]) == 0
