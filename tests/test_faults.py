@@ -248,7 +248,7 @@ def edited_neighborhoods(place):
         (dict(names=hood["names"][:2]), "lacks a similarity"),
         (dict(names=["hooded owl"] * 3), "twice"),
         (dict(similarity=[float("nan"), 1.0, 0.0]), "similarity.0=nan"),
-        (dict(target="violet daisy"), "violet daisy"),
+        (dict(target="iron hawk"), "iron hawk"),
         (dict(names=hood["names"][::-1]), "others"),
         (dict(more=1), "more=1"),
     ):
