@@ -204,8 +204,8 @@ def require_space(
         free, need = shutil.disk_usage(here).free, disks[disk]
         require(
             free >= need,
-            f"The disk of {folder} has {free / 1e6:,.0f} MB left, and {need / 1e6:,.0f} MB or more "
-            "will be written: free some space, or choose another folder.",
+            f"The disk of {folder} has {free / 1e6:,.0f} MB left, and at least "
+            f"{need / 1e6:,.0f} MB will be written: free some space, or choose another folder.",
         )
 
 

@@ -14,7 +14,7 @@ __all__ = [
     "plot_losses",
     "before_after",
     "Checked",
-    "Score",
+    "ScoreRecord",
     "Neighbor",
     "ConceptScore",
     "SamplerRecord",
@@ -27,6 +27,7 @@ __all__ = [
     "Seconds",
     "Versions",
     "Scores",
+    "EditedModel",
     "RunRecord",
     "load_json_or_none",
     "is_experiment",
@@ -108,7 +109,7 @@ def before_after(
 score_names = ("a_er", "a_adj", "erb", "heldout", "unrelated")
 schema = 3  # of `metrics.json`
 Name = Annotated[str, StringConstraints(pattern=r"\S")]
-Word = Annotated[str, StringConstraints(pattern=r"^[\w.-]+$")]  # without space or quote
+Word = Annotated[str, StringConstraints(pattern=r"^[\w. -]+$")]  # without quotes or slashes
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(ge=0)]
@@ -121,7 +122,7 @@ class Checked(BaseModel):
     __pydantic_extra__: dict[str, JsonValue]
 
 
-class Score(Checked):
+class ScoreRecord(Checked):
     "A share of images, as `metrics.with_interval` gives it."
 
     value: Share
@@ -220,30 +221,35 @@ class Versions(Checked):
 class Scores(Checked):
     "The scores of a run; nothing in one that was not scored, or where there is no such concept."
 
-    a_er: Score | None
-    a_adj: Score | None
-    erb: Score | None
-    heldout: Score | None
-    unrelated: Score | None
+    a_er: ScoreRecord | None
+    a_adj: ScoreRecord | None
+    erb: ScoreRecord | None
+    heldout: ScoreRecord | None
+    unrelated: ScoreRecord | None
     per_concept: dict[str, ConceptScore]
     quality: dict[str, float | None] | None
     classifier: ClassifierRecord | None
 
 
 # %% ../nbs/61_report.ipynb #0c7026ac
-class RunRecord(Scores):
-    "The content of a run's `metrics.json`."
+class EditedModel(Checked):
+    "The part of a `metrics.json` that any edited model has, however it was made."
 
     version: Literal[3] = Field(alias="schema")
     method: Word
     target: Name
+    sampler: SamplerRecord
+    template: Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$")]
+    model: ModelRecord
+
+
+class RunRecord(EditedModel, Scores):
+    "The content of a run's `metrics.json`."
+
     candidates: str
     superclass: str
     neighbors: Annotated[list[Neighbor], Field(min_length=1)]
     recipe: Recipe
-    sampler: SamplerRecord
-    template: Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$")]
-    model: ModelRecord
     edit: EditRecord
     seeds: Seeds
     unet: Forwards
@@ -266,13 +272,13 @@ def is_experiment(content: Any) -> bool:
     return isinstance(content, dict) and "experiment" in content
 
 
-def load_record(folder: str | Path) -> dict:
+def load_record(folder: str | Path, kind: type[EditedModel] = RunRecord) -> dict:
     """The `metrics.json` of a run folder. Raises `FadeError` where it is missing, damaged, of
     another schema, or has a field that no run writes."""
     path, remedy = Path(folder) / "metrics.json", "erase again, in another folder."
     content = load_json(path)
-    record = validated(RunRecord, content, path, remedy)
-    scored = {record.a_er is None, record.a_adj is None, record.erb is None}
+    validated(kind, content, path, remedy)
+    scored = {content.get(name) is None for name in ("a_er", "a_adj", "erb")}
     require(len(scored) == 1, f"{path} has one score of three (a_er, a_adj, erb): {remedy}")
     return content
 
@@ -285,12 +291,12 @@ def read_record(folder: str | Path) -> dict | None:
         return None
 
 
-def require_finished_run(folder: str | Path) -> dict:
+def require_finished_run(folder: str | Path, kind: type[EditedModel] = RunRecord) -> dict:
     "The record of a finished run. Raises `FadeError` where there is none, or no whole one."
     exists, what = (Path(folder) / "metrics.json").is_file(), f"{folder} is no finished run"
     require(exists, f"{what}: give a folder made by 'fade erase'.")
     try:
-        return load_record(folder)
+        return load_record(folder, kind)
     except FadeError as e:
         raise FadeError(f"{what}: {e}") from e
 
@@ -298,13 +304,14 @@ def require_finished_run(folder: str | Path) -> dict:
 # %% ../nbs/61_report.ipynb #6c0b02e4
 def load_run(
     folder: str | Path,  # a run folder
+    kind: type[EditedModel] = RunRecord,  # what its record has to contain
 ) -> tuple[dict, Neighborhood]:  # its record and its neighborhood
     "What a finished run says of itself. Raises `FadeError` where its files are of several runs."
-    record, file = require_finished_run(folder), Path(folder) / "neighborhood.json"
+    record, file = require_finished_run(folder, kind), Path(folder) / "neighborhood.json"
     hood = Neighborhood.load(file)
-    names = [record["target"]] + [o["name"] for o in record["neighbors"]]
+    near = [o["name"] for o in record.get("neighbors", [])]
     require(
-        [hood.target, *hood.neighbors] == names,
+        hood.target == record["target"] and near in ([], hood.neighbors),
         f"{file} is of '{hood.target}' and its neighbors, and metrics.json beside it of "
         f"'{record['target']}' and others: give a folder as 'fade erase' has written it.",
     )

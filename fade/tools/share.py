@@ -232,12 +232,13 @@ def diffusers_code(
     "A program that generates one image with the edited model, without fade."
     sampler, text = metrics["sampler"], prompt(metrics["target"], metrics["template"])
     scheduler, (imports, load) = sampler["scheduler"], loading_code(where, weights)
+    base = in_python(base)[1:-1]
     if scheduler:
         load.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config)")
     lines = [
         *program_imports(scheduler, imports),
         "",
-        f"pipe = StableDiffusionPipeline.from_pretrained({in_python(base)})",
+        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
         *load,
         f"prompt = {in_python(text)}",
         f"settings = dict(num_inference_steps={sampler['steps']}, "
@@ -571,10 +572,11 @@ def base_license(
     license: str,  # the base model's
 ) -> str:
     "The license of the weights. Raises `FadeError` when it is not named."
+    example = "such as creativeml-openrail-m."
+    require(license.isprintable(), f"{ascii(license)} is no license: give a name, {example}")
     require(
         license or not model,
-        "The weights have the license of the base model: "
-        "name it (--license), such as creativeml-openrail-m.",
+        f"The weights have the license of the base model: name it (--license), {example}",
     )
     return license or "apache-2.0"
 

@@ -113,7 +113,7 @@ from ..images import ImageCache
 from ..method import load_edit
 from ..metrics import choose_classifier, erb
 from ..neighborhood import Neighborhood
-from ..report import load_run
+from ..report import EditedModel, load_run
 from ..vision.features import to_pil
 
 
@@ -156,7 +156,7 @@ def load_study_run(
 ) -> StudyRun:
     "A run for a study. Raises `FadeError` when it is not finished."
     folder = Path(folder)
-    record, hood = load_run(folder)
+    record, hood = load_run(folder, EditedModel)
     settings = {key: record[key] for key in ("model", "sampler", "template")}
     return StudyRun(folder, f"{number} {folder.name}", record["method"], hood, settings)
 
