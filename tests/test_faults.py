@@ -294,6 +294,13 @@ def what_moves_no_image_keeps_the_key(place):
         "compiled": lambda p: p.unet.compile(backend="eager"),
     }
     found = names_of(changes)
+    for dtype in (torch.float32, torch.bfloat16):  # as another processor would compute it
+        pipe = load_pipeline(dtype=str(dtype).removeprefix("torch."))
+        sampler = sampler_for(pipe)
+        name = identify(pipe, sampler, pipeline_probe(pipe, sampler))[1]
+        with torch.backends.mkldnn.flags(enabled=False):
+            probe = pipeline_probe(pipe, sampler)
+        assert identify(pipe, sampler, probe)[1] == name
     assert len(set(found.values())) == 1, found
 
 
