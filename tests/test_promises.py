@@ -148,9 +148,8 @@ class World:
 done = [n for n in vars(World) if not n.startswith("_") and n not in ("keep", "check")]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(done), min_size=2, max_size=6))
-def test_any_order(files, operations):
+def try_all(files, operations):
+    "Do the operations, checking after each; a FadeError may end them."
     world = World(files)
     try:
         for operation in operations:
@@ -158,6 +157,22 @@ def test_any_order(files, operations):
             world.check()
     except FadeError as e:
         assert str(e).endswith(".") and "\n" not in str(e)
+
+
+in_any_order = given(operations=st.lists(st.sampled_from(done), min_size=2, max_size=6))
+
+
+@settings(max_examples=20, deadline=None)
+@in_any_order
+def test_any_order(files, operations):
+    try_all(files, operations)
+
+
+@pytest.mark.nightly
+@settings(max_examples=400, deadline=None)
+@in_any_order
+def test_any_order_at_length(files, operations):
+    try_all(files, operations)
 
 
 @pytest.mark.parametrize("kind", ["attach", "load", "edit_weights"])
