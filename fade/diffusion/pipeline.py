@@ -523,7 +523,7 @@ class ForwardCounter:
         return self.forwards - self.padding + self.cached
 
 
-# %% ../../nbs/20_pipeline.ipynb #a9d24cd2
+# %% ../../nbs/20_pipeline.ipynb #bd75437d
 active_counters: WeakKeyDictionary[nn.Module, list[ForwardCounter]] = WeakKeyDictionary()
 
 
@@ -549,7 +549,7 @@ def count_forwards(
         hook.remove()
 
 
-# %% ../../nbs/20_pipeline.ipynb #ec395892
+# %% ../../nbs/20_pipeline.ipynb #edae905e
 def note_cached_forwards(
     pipe: StableDiffusionPipeline,
     n: int,  # sample-forwards saved, such as images × `Sampler.forwards`
@@ -559,7 +559,7 @@ def note_cached_forwards(
         counter.cached += n
 
 
-# %% ../../nbs/20_pipeline.ipynb #0e7c666d
+# %% ../../nbs/20_pipeline.ipynb #7c1b3486
 def note_padding_forwards(
     pipe: StableDiffusionPipeline,
     n: int,  # sample-forwards of copies
@@ -579,7 +579,7 @@ def note_probe_forwards(
         counter.forwards -= n
 
 
-# %% ../../nbs/20_pipeline.ipynb #b28bbd3f
+# %% ../../nbs/20_pipeline.ipynb #6929c923
 def signal_levels(
     pipe: StableDiffusionPipeline,
 ) -> torch.Tensor:  # $\bar\alpha_t$, `(T,)`, on the pipeline's device
@@ -598,7 +598,7 @@ def add_noise(
     return level.sqrt() * x0 + (1 - level).sqrt() * eps
 
 
-# %% ../../nbs/20_pipeline.ipynb #b1bb4bf5
+# %% ../../nbs/20_pipeline.ipynb #32666f52
 def scheduler_class(
     name: str,
 ) -> type[SchedulerMixin]:
@@ -611,7 +611,7 @@ def scheduler_class(
     return kind
 
 
-# %% ../../nbs/20_pipeline.ipynb #e03fc944
+# %% ../../nbs/20_pipeline.ipynb #e220644e
 @dataclass(frozen=True)
 class Sampler:
     "How images are generated."
@@ -622,14 +622,14 @@ class Sampler:
     batch: int = 32  # images at a time
 
 
-# %% ../../nbs/20_pipeline.ipynb #9c917e2f
+# %% ../../nbs/20_pipeline.ipynb #5036db70
 @patch(as_prop=True)
 def forwards(self: Sampler) -> int:
     "Sample-forwards of the U-Net for one image."
     return self.steps * (1 if self.guidance_scale == 1 else 2)
 
 
-# %% ../../nbs/20_pipeline.ipynb #2f0bcd5f
+# %% ../../nbs/20_pipeline.ipynb #17ff2857
 @patch
 def scheduler_for(self: Sampler, pipe: StableDiffusionPipeline) -> SchedulerMixin:
     "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
