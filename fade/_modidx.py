@@ -355,7 +355,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'fade/diffusion/pipeline.py'),
                                          'fade.diffusion.pipeline.require_supported': ( 'pipeline.html#require_supported',
                                                                                         'fade/diffusion/pipeline.py'),
-                                         'fade.diffusion.pipeline.require_whole': ( 'pipeline.html#require_whole',
+                                         'fade.diffusion.pipeline.require_uncut': ( 'pipeline.html#require_uncut',
                                                                                     'fade/diffusion/pipeline.py'),
                                          'fade.diffusion.pipeline.sample_latents': ( 'pipeline.html#sample_latents',
                                                                                      'fade/diffusion/pipeline.py'),

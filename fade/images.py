@@ -31,7 +31,7 @@ from fade.diffusion.pipeline import (
     note_cached_forwards,
     require_promises,
     require_supported,
-    require_whole,
+    require_uncut,
     sample_latents,
     sampler_for,
     settings_for,
@@ -101,7 +101,7 @@ def seeds(self: ImageCache, purpose: str, concept: str, n: int) -> list[int]:
 def key(self: ImageCache, purpose: str, concept: str, kind: str) -> str:
     "The name under which results of one kind are cached. Raises `FadeError` for a cut prompt."
     text = prompt(concept, self.template)
-    require_whole(self.pipe, [text])
+    require_uncut(self.pipe, [text])
     return fingerprint(
         dict(
             pipeline=self.pipeline,

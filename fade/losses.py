@@ -30,7 +30,7 @@ def squared_error(
     return (a - b).pow(2).flatten(1).mean(1)
 
 
-# %% ../nbs/42_losses.ipynb #ec7cfb21
+# %% ../nbs/42_losses.ipynb #2d168769
 def moments(
     preds: torch.Tensor,  # predictions of the original model, `(k,n,4,h,w)`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # their mean `(n,4,h,w)` and their spread about it `(n,)`
@@ -39,6 +39,7 @@ def moments(
     return mean, torch.stack([squared_error(p, mean) for p in preds]).mean(0)
 
 
+# %% ../nbs/42_losses.ipynb #ec7cfb21
 def mean_squared_distance(
     eps: torch.Tensor,  # `(n,4,h,w)`
     to: tuple[torch.Tensor, torch.Tensor | float],  # from `moments`
@@ -63,7 +64,7 @@ def expungement(
     return F.relu(towards - away + (delta * D if unit == "relative" else delta))
 
 
-# %% ../nbs/42_losses.ipynb #944558e6
+# %% ../nbs/42_losses.ipynb #ea4b4233
 def guidance(
     eps: torch.Tensor,  # the mesh's prediction for the target, `(n,4,h,w)`
     eps_null: torch.Tensor,  # the original one for the empty prompt, at the same latents
@@ -72,6 +73,7 @@ def guidance(
     return squared_error(eps, eps_null)
 
 
+# %% ../nbs/42_losses.ipynb #944558e6
 def adjacency(
     eps: torch.Tensor,  # the mesh's predictions for neighbors, each at its own latents, `(n,4,h,w)`
     eps_keep: torch.Tensor,  # the original ones, same prompts and latents
@@ -80,7 +82,7 @@ def adjacency(
     return squared_error(eps, eps_keep)
 
 
-# %% ../nbs/42_losses.ipynb #7f2a1880
+# %% ../nbs/42_losses.ipynb #365f1274
 def width_norm(
     a: torch.Tensor,  # `(n,4,h,w)`
     b: torch.Tensor,  # `(n,4,h,w)`
@@ -89,6 +91,7 @@ def width_norm(
     return (a - b).norm(dim=-1).mean()
 
 
+# %% ../nbs/42_losses.ipynb #7f2a1880
 def released_expungement(
     eps: torch.Tensor,  # the mesh's prediction for the target, `(n,4,h,w)`
     eps_neighbors: list[torch.Tensor],  # original predictions for the neighbors, at their latents

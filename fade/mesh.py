@@ -33,7 +33,7 @@ __all__ = [
     "load_mesh",
 ]
 
-# %% ../nbs/40_mesh.ipynb #c5bcb320
+# %% ../nbs/40_mesh.ipynb #2667be92
 import json
 import logging
 import math
@@ -44,6 +44,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# %% ../nbs/40_mesh.ipynb #bb0fdd8f
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from fastcore.basics import patch
@@ -67,6 +68,7 @@ from fade.diffusion.adapters import (
     set_active_adapters,
 )
 
+# %% ../nbs/40_mesh.ipynb #c5bcb320
 from .core import FadeError, atomic_write, edit_files, require, seed_for
 from .diffusion.pipeline import require_supported
 
@@ -83,7 +85,7 @@ transformer_layers = (
 )  # all linear layers and 1×1 convolutions of the transformer blocks
 
 
-# %% ../nbs/40_mesh.ipynb #8a40887c
+# %% ../nbs/40_mesh.ipynb #4a5ff490
 class Mesh(Edit):
     "The LoRA layers of a U-Net under one adapter name, beside any others."
 
@@ -101,10 +103,6 @@ class Mesh(Edit):
         self.layers = {n: m for n, m in lora_layers(self.unet).items() if name in m.lora_A}
         self.scales = {n: m.scaling[name] for n, m in self.layers.items()}
 
-    def parts(self) -> list[nn.Module]:
-        "The second matrix of every LoRA layer."
-        return [m.lora_B[self.name] for m in self.layers.values()]
-
     def problem(self) -> str:
         "Why the mesh is not in effect as promised; empty where it is."
         scales = {n: m.scaling.get(self.name) for n, m in self.layers.items()}
@@ -112,7 +110,14 @@ class Mesh(Edit):
         return super().problem() or rescaled
 
 
-# %% ../nbs/40_mesh.ipynb #4459b19f
+# %% ../nbs/40_mesh.ipynb #6b3863d6
+@patch
+def parts(self: Mesh) -> list[nn.Module]:
+    "The second matrix of every LoRA layer."
+    return [m.lora_B[self.name] for m in self.layers.values()]
+
+
+# %% ../nbs/40_mesh.ipynb #8b25f2a9
 @patch(as_prop=True)
 def params(self: Mesh) -> dict[str, nn.Parameter]:
     "The trainable weights by name."
@@ -123,6 +128,7 @@ def params(self: Mesh) -> dict[str, nn.Parameter]:
     }
 
 
+# %% ../nbs/40_mesh.ipynb #4459b19f
 @patch
 def __repr__(self: Mesh) -> str:
     weights = f"{sum(p.numel() for p in self.params.values()):,} weights"
@@ -341,12 +347,13 @@ def save(
         save_file(weights, f, metadata=metadata)
 
 
-# %% ../nbs/40_mesh.ipynb #4bacf304
+# %% ../nbs/40_mesh.ipynb #46964ac6
 Lora = dict[
     str, tuple[torch.Tensor, torch.Tensor, float]
 ]  # by layer: A `(r,in,…)`, B `(out,r,…)`, α
 
 
+# %% ../nbs/40_mesh.ipynb #4bacf304
 def require_shapes(
     W: torch.Tensor,  # weight of the layer
     A: torch.Tensor,
@@ -368,7 +375,7 @@ def require_shapes(
     )
 
 
-# %% ../nbs/40_mesh.ipynb #eb0ccb47
+# %% ../nbs/40_mesh.ipynb #c0037e65
 def lora_targets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     "Linear layers and convolutions of a U-Net by name, without those of adapters."
     return {
@@ -378,6 +385,7 @@ def lora_targets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     }
 
 
+# %% ../nbs/40_mesh.ipynb #eb0ccb47
 def require_lora_fits(
     unet: UNet2DConditionModel,
     lora: Lora,
@@ -395,7 +403,7 @@ def require_lora_fits(
         require_shapes(layers[n].weight, A, B, n, what)
 
 
-# %% ../nbs/40_mesh.ipynb #c1d5a0f3
+# %% ../nbs/40_mesh.ipynb #e419aa9c
 other_kinds = {  # a pattern in a key, and the kind of file that has such keys
     r"hada_": "LoHa",
     r"lokr_": "LoKr",
@@ -414,12 +422,15 @@ other_kinds = {  # a pattern in a key, and the kind of file that has such keys
     r"^text_encoder|^lora_te_|text_model": "LoRA that also changes the text encoder",
     r"transformer\.(?!\d)|lora_transformer|(double|single|joint)_blocks": "LoRA for a transformer",
 }
+
+# %% ../nbs/40_mesh.ipynb #368a9a3c
 merge_it = (
     "and a mesh is plain LoRA of a U-Net: merge it into the model with the tool that made it, and "
     "load that model"
 )
 
 
+# %% ../nbs/40_mesh.ipynb #c1d5a0f3
 def other_kind(key: str) -> tuple[str, str]:
     "The kind of adapter that a key of a file tells, and what to do; empty for plain LoRA."
     kind = next((kind for pattern, kind in other_kinds.items() if re.search(pattern, key)), "")
@@ -444,7 +455,7 @@ def open_lora(
     return tensors, header
 
 
-# %% ../nbs/40_mesh.ipynb #73e90e95
+# %% ../nbs/40_mesh.ipynb #6712412a
 def split_key(key: str) -> tuple[str, str]:
     "The layer that a key of a LoRA file names, and `A`, `B` or `alpha`; empty for another key."
     half = r"[._]lora[._](A|B|down|up)\.weight|\.(alpha)"
@@ -456,6 +467,7 @@ def split_key(key: str) -> tuple[str, str]:
     return layer, {"down": "A", "up": "B"}.get(found[2], found[2] or "alpha")
 
 
+# %% ../nbs/40_mesh.ipynb #73e90e95
 def without_separators(layer: str) -> str:
     "A layer's name as all formats have it, without dots and underscores."
     return re.sub("[._]", "", layer)

@@ -46,7 +46,7 @@ def erb(
     return 2 * a_er * a_adj / (a_er + a_adj + eta)
 
 
-# %% ../nbs/60_metrics.ipynb #cbeaa55d
+# %% ../nbs/60_metrics.ipynb #020512d0
 def with_interval(
     correct: int,
     n: int,  # images
@@ -58,6 +58,7 @@ def with_interval(
     return {**{k: round(float(v), 4) for k, v in values.items()}, "n": n}
 
 
+# %% ../nbs/60_metrics.ipynb #cbeaa55d
 def erb_with_interval(
     erased: int,  # images of the target that are no longer classified as it
     n: int,  # images of the target
@@ -122,12 +123,13 @@ def choose_classifier(
     return ZeroShotClassifier(cache.phi, list(dict.fromkeys(concepts)), cache.template)
 
 
-# %% ../nbs/60_metrics.ipynb #e653e605
+# %% ../nbs/60_metrics.ipynb #650a8878
 def classifier_kind(cache: ImageCache, classifier: Any) -> str:
     "What a classification depends on, beside the image: a kind of `ImageCache.rows`."
     return f"{classifier.kind} {classifier.content} {cache.phi_kind}"
 
 
+# %% ../nbs/60_metrics.ipynb #e653e605
 def classify_images(
     cache: ImageCache,
     concepts: list[str],
@@ -149,12 +151,13 @@ def classify_images(
     }
 
 
-# %% ../nbs/60_metrics.ipynb #3d6091fc
+# %% ../nbs/60_metrics.ipynb #85b1095f
 def accuracy(images: dict[str, dict], concepts: list[str]) -> float:
     "Mean top-1 accuracy over concepts, of what `classify_images` gives."
     return torch.stack([images[c]["correct"].float().mean() for c in concepts]).mean().item()
 
 
+# %% ../nbs/60_metrics.ipynb #3d6091fc
 def _share(images: dict, original: dict, concepts: list[str]) -> dict | None:
     "Accuracy on a group with its interval; nothing for an empty group."
     if not concepts:

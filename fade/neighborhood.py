@@ -16,17 +16,18 @@ __all__ = [
     "neighbor_recall",
 ]
 
-# %% ../nbs/31_neighborhood.ipynb #20860cb7
+# %% ../nbs/31_neighborhood.ipynb #9d341785
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from pydantic import ConfigDict
 
 from .concepts import ConceptSet, clean_name, find_target, prompt, unrelated_concepts
 from .core import generator, load_json, require, save_json, validated
-from .diffusion.pipeline import Sampler, require_whole, token_ids
+from .diffusion.pipeline import Sampler, require_uncut, token_ids
 from .images import ImageCache
 
 
@@ -42,7 +43,7 @@ def rank_by_similarity(
     return [names[i] for i in order], sim[order].tolist()
 
 
-# %% ../nbs/31_neighborhood.ipynb #97d363b2
+# %% ../nbs/31_neighborhood.ipynb #12a39c40
 @dataclass
 class Neighborhood:
     "The candidates of a target, nearest first."
@@ -56,52 +57,68 @@ class Neighborhood:
 
     __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    @property
-    def neighbors(self) -> list[str]:
-        "Ranks 1 … K, the adjacency set."
-        return self.names[: self.k]
 
-    @property
-    def heldout(self) -> list[str]:
-        "Ranks K+1 … 3K: near, but never trained on."
-        return self.names[self.k : 3 * self.k]
-
-    @property
-    def others(self) -> list[str]:
-        "Concepts of other worlds, or of the sets a published one is contrasted with."
-        return unrelated_concepts(self.source)
-
-    @property
-    def far(self) -> list[str]:
-        "Ranks beyond 3K that are not scored; anchors are sampled from them."
-        return self.names[3 * self.k :] if self.others else self.names[3 * self.k : -10]
-
-    def unrelated(self, n: int = 10, seed: int = 0) -> list[str]:
-        "Concepts of other sets, sampled with a seed; a user's own list gives its lowest ranks."
-        if not self.others:
-            return self.names[max(3 * self.k, len(self.names) - n) :]
-        g = generator("unrelated", seed, self.target)
-        return [self.others[i] for i in torch.randperm(len(self.others), generator=g)[:n]]
-
-    def save(self, path: str | Path) -> None:
-        "Write as JSON."
-        save_json(path, asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Neighborhood":
-        "Read a saved one. Raises `FadeError` for a file that contains none, or not a whole one."
-        remedy = "erase again, in another folder."
-        hood = validated(cls, load_json(path), path, remedy)
-        names, measured = [hood.target, *hood.names], hood.similarity[: hood.k]
-        require(all(map(str.strip, names)), f"{path} has an empty name: {remedy}")
-        require(len({*names}) == len(names), f"{path} names a concept twice: {remedy}")
-        whole = len(hood.names) == len(hood.similarity) and None not in measured
-        require(whole, f"{path} lacks a similarity: {remedy}")
-        require(0 < hood.k < len(names), f"{path} has k={hood.k} of {len(names) - 1}: {remedy}")
-        return hood
+# %% ../nbs/31_neighborhood.ipynb #da500380
+@patch(as_prop=True)
+def neighbors(self: Neighborhood) -> list[str]:
+    "Ranks 1 … K, the adjacency set."
+    return self.names[: self.k]
 
 
-# %% ../nbs/31_neighborhood.ipynb #525811ad
+# %% ../nbs/31_neighborhood.ipynb #caddcbb0
+@patch(as_prop=True)
+def heldout(self: Neighborhood) -> list[str]:
+    "Ranks K+1 … 3K: near, but never trained on."
+    return self.names[self.k : 3 * self.k]
+
+
+# %% ../nbs/31_neighborhood.ipynb #c79125c4
+@patch(as_prop=True)
+def others(self: Neighborhood) -> list[str]:
+    "Concepts of other worlds, or of the sets a published one is contrasted with."
+    return unrelated_concepts(self.source)
+
+
+# %% ../nbs/31_neighborhood.ipynb #96df097a
+@patch(as_prop=True)
+def far(self: Neighborhood) -> list[str]:
+    "Ranks beyond 3K that are not scored; anchors are sampled from them."
+    return self.names[3 * self.k :] if self.others else self.names[3 * self.k : -10]
+
+
+# %% ../nbs/31_neighborhood.ipynb #ee80a2c6
+@patch
+def unrelated(self: Neighborhood, n: int = 10, seed: int = 0) -> list[str]:
+    "Concepts of other sets, sampled with a seed; a user's own list gives its lowest ranks."
+    if not self.others:
+        return self.names[max(3 * self.k, len(self.names) - n) :]
+    g = generator("unrelated", seed, self.target)
+    return [self.others[i] for i in torch.randperm(len(self.others), generator=g)[:n]]
+
+
+# %% ../nbs/31_neighborhood.ipynb #ead37bed
+@patch
+def save(self: Neighborhood, path: str | Path) -> None:
+    "Write as JSON."
+    save_json(path, asdict(self))
+
+
+# %% ../nbs/31_neighborhood.ipynb #543aed18
+@patch(cls_method=True)
+def load(cls: Neighborhood, path: str | Path) -> "Neighborhood":
+    "Read a saved one. Raises `FadeError` for a file that contains none, or not a whole one."
+    remedy = "erase again, in another folder."
+    hood = validated(cls, load_json(path), path, remedy)
+    names, measured = [hood.target, *hood.names], hood.similarity[: hood.k]
+    require(all(map(str.strip, names)), f"{path} has an empty name: {remedy}")
+    require(len({*names}) == len(names), f"{path} names a concept twice: {remedy}")
+    whole = len(hood.names) == len(hood.similarity) and None not in measured
+    require(whole, f"{path} lacks a similarity: {remedy}")
+    require(0 < hood.k < len(names), f"{path} has k={hood.k} of {len(names) - 1}: {remedy}")
+    return hood
+
+
+# %% ../nbs/31_neighborhood.ipynb #fcc703ea
 def halving_schedule(
     n: int,  # candidates
     k: int,  # neighbors
@@ -112,11 +129,13 @@ def halving_schedule(
     return [(min(n, keep), min(m, images)) for keep, images in rounds]
 
 
+# %% ../nbs/31_neighborhood.ipynb #fc2ce27f
 def coarse_sampler(sampler: Sampler) -> Sampler:
     "The sampler of the coarse pass: an eighth of the denoising steps."
     return replace(sampler, steps=max(2, sampler.steps // 8))
 
 
+# %% ../nbs/31_neighborhood.ipynb #525811ad
 def shortlist_images(
     n: int,  # candidates
     k: int,  # neighbors
@@ -157,7 +176,7 @@ def shortlist(
 def require_distinct(cache: ImageCache, names: list[str]) -> None:
     "Raise `FadeError` for two names that the model reads as the same tokens, or cuts."
     prompts = {c: prompt(c, cache.template) for c in names}
-    require_whole(cache.pipe, [*prompts.values()])
+    require_uncut(cache.pipe, [*prompts.values()])
     seen: dict[tuple, str] = {}
     for c, text in prompts.items():
         first = seen.setdefault(tuple(token_ids(cache.pipe, text)), c)
@@ -168,7 +187,7 @@ def require_distinct(cache: ImageCache, names: list[str]) -> None:
         )
 
 
-# %% ../nbs/31_neighborhood.ipynb #f5ede8c5
+# %% ../nbs/31_neighborhood.ipynb #20f07239
 def candidate_names(
     target: str,
     candidates: ConceptSet,
@@ -184,6 +203,7 @@ def candidate_names(
     return names
 
 
+# %% ../nbs/31_neighborhood.ipynb #f5ede8c5
 def neighborhood(
     cache: ImageCache,
     target: str,  # the concept to erase

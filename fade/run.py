@@ -10,8 +10,8 @@ __all__ = [
     "neighborhood_images",
     "cost_sentence",
     "require_disk",
-    "log_cost_estimate",
     "model_name",
+    "log_cost_estimate",
     "versions",
     "peak_memory",
     "reset_peak_memory",
@@ -25,7 +25,7 @@ __all__ = [
     "run_many",
 ]
 
-# %% ../nbs/71_run.ipynb #1719bf9c
+# %% ../nbs/71_run.ipynb #d1f3cec1
 import platform
 import shutil
 import subprocess
@@ -39,6 +39,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+# %% ../nbs/71_run.ipynb #94efb606
 import psutil
 import torch
 from diffusers import StableDiffusionPipeline
@@ -75,8 +76,13 @@ from fade.report import (
     score_table,
 )
 
+# %% ../nbs/71_run.ipynb #e975ac89
 from .config import Resolved, RunConfig, resolve_config
+
+# %% ../nbs/71_run.ipynb #2713ce9d
 from .diffusion.adapters import dtype_name, model_fingerprint, require_same_model
+
+# %% ../nbs/71_run.ipynb #1719bf9c
 from .figures import save_figure
 from .images import ImageCache
 from .memory import sampler_that_fits
@@ -106,7 +112,7 @@ def run_folder(path: str | Path) -> Iterator[Path]:
                 (path / ".lock").unlink(missing_ok=True)
 
 
-# %% ../nbs/71_run.ipynb #d7701d3f
+# %% ../nbs/71_run.ipynb #c0a61945
 def expected_forwards(
     recipe: BaseRecipe,
     sampler: Sampler,
@@ -121,6 +127,7 @@ def expected_forwards(
     return stages | {"scoring": image * scored}
 
 
+# %% ../nbs/71_run.ipynb #d7701d3f
 @torch.no_grad()
 def seconds_per_forward(pipe: StableDiffusionPipeline, batch: int) -> float:
     "One measured sample-forward."
@@ -134,7 +141,7 @@ def seconds_per_forward(pipe: StableDiffusionPipeline, batch: int) -> float:
     return (time.perf_counter() - start) / batch
 
 
-# %% ../nbs/71_run.ipynb #50c8f1f6
+# %% ../nbs/71_run.ipynb #83b76569
 def neighborhood_images(
     cache: ImageCache,
     names: list[str],  # the target and its candidates
@@ -146,6 +153,7 @@ def neighborhood_images(
     return missing, min(missing, shortlist_images(len(names) - 1, k, 25, cache.sampler))
 
 
+# %% ../nbs/71_run.ipynb #dd54aaac
 def cost_sentence(
     cache: ImageCache,
     what: str,  # begins the sentence
@@ -161,6 +169,7 @@ def cost_sentence(
     )
 
 
+# %% ../nbs/71_run.ipynb #50c8f1f6
 def require_disk(
     cache: ImageCache,
     images: int,  # to be cached
@@ -173,6 +182,12 @@ def require_disk(
 
 
 # %% ../nbs/71_run.ipynb #aaf77b85
+def model_name(pipe: StableDiffusionPipeline) -> str:
+    "The last part of a model's folder or hub id, as records hold it."
+    return Path(str(pipe.name_or_path)).name
+
+
+# %% ../nbs/71_run.ipynb #349d7272
 def log_cost_estimate(cache: ImageCache, resolved: Resolved, folder: Path) -> None:
     """Log what the run will cost, training and scoring apart.
     Raises `FadeError` where there is no space for it."""
@@ -202,12 +217,7 @@ def log_cost_estimate(cache: ImageCache, resolved: Resolved, folder: Path) -> No
         )
 
 
-def model_name(pipe: StableDiffusionPipeline) -> str:
-    "The last part of a model's folder or hub id, as records hold it."
-    return Path(str(pipe.name_or_path)).name
-
-
-# %% ../nbs/71_run.ipynb #ef05e588
+# %% ../nbs/71_run.ipynb #20dd1713
 def versions() -> dict[str, str]:
     "Python, libraries and commit."
 
@@ -227,6 +237,7 @@ def versions() -> dict[str, str]:
     )
 
 
+# %% ../nbs/71_run.ipynb #6dce760d
 def peak_memory() -> int:
     "The most memory this process held, in bytes; on the GPU where there is one."
     if torch.cuda.is_available():
@@ -239,6 +250,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+# %% ../nbs/71_run.ipynb #ef05e588
 def reset_peak_memory() -> None:
     "Measure the peak from here on, where the system allows it."
     if torch.cuda.is_available():
@@ -269,7 +281,7 @@ def _saved_edit(folder: Path, about: dict) -> Path | None:
     return None
 
 
-# %% ../nbs/71_run.ipynb #3b6904be
+# %% ../nbs/71_run.ipynb #77908487
 def train_or_load(
     cache: ImageCache, hood: Neighborhood, resolved: Resolved, folder: Path
 ) -> tuple[Any, dict, float | None]:  # the edit; counts of forwards and backwards; seconds
@@ -301,6 +313,7 @@ def train_or_load(
     return edit, unet, seconds
 
 
+# %% ../nbs/71_run.ipynb #3b6904be
 def save_or_warn(path: Path, make: Callable) -> None:
     "Save a figure. One that cannot be drawn is a warning: no number is lost for it."
     try:
@@ -415,7 +428,7 @@ def rescore(
         edit.detach()
 
 
-# %% ../nbs/71_run.ipynb #a7d2eaae
+# %% ../nbs/71_run.ipynb #f5a66a1c
 def run_or_error(config: RunConfig) -> str:
     "One run of several; the error's sentence, or nothing."
     try:
@@ -425,6 +438,7 @@ def run_or_error(config: RunConfig) -> str:
     return ""
 
 
+# %% ../nbs/71_run.ipynb #a7d2eaae
 def run_many(
     configs: list[RunConfig],
     workers: int = 1,  # processes; 1 works in this one

@@ -13,7 +13,7 @@ __all__ = [
     "load_or_build",
 ]
 
-# %% ../nbs/44_teacher.ipynb #b15f85e5
+# %% ../nbs/44_teacher.ipynb #2b8f6d04
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../nbs/44_teacher.ipynb #be59dd25
 from . import losses
 from .concepts import prompt, templates
 from .core import FadeError, generator, load_tensors, require, save_tensors, set_aside
@@ -63,7 +65,7 @@ def teacher_predictions(
     return torch.cat(predictions)
 
 
-# %% ../nbs/44_teacher.ipynb #da2eb8c9
+# %% ../nbs/44_teacher.ipynb #eb918ac5
 @dataclass
 class TeacherCache:
     "Noisy samples with teacher predictions, for the losses in the paper's form."
@@ -80,25 +82,30 @@ class TeacherCache:
     prompts_target: list[str]  # one a sample
     prompts_keep: list[str]  # one a sample
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        "The tensors by name."
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
 
-    def to(self, device: torch.device | str) -> "TeacherCache":
-        "The cache with its tensors on a device."
-        moved = {name: v.to(device) for name, v in self.tensors().items()}
-        return TeacherCache(
-            **moved, prompts_target=self.prompts_target, prompts_keep=self.prompts_keep
-        )
+# %% ../nbs/44_teacher.ipynb #486787d8
+@patch
+def tensors(self: TeacherCache) -> dict[str, torch.Tensor]:
+    "The tensors by name."
+    values = {f.name: getattr(self, f.name) for f in fields(self)}
+    return {name: v for name, v in values.items() if isinstance(v, torch.Tensor)}
 
 
-# %% ../nbs/44_teacher.ipynb #5682c64f
+# %% ../nbs/44_teacher.ipynb #3ed17529
+@patch
+def to(self: TeacherCache, device: torch.device | str) -> "TeacherCache":
+    "The cache with its tensors on a device."
+    moved = {name: v.to(device) for name, v in self.tensors().items()}
+    return TeacherCache(**moved, prompts_target=self.prompts_target, prompts_keep=self.prompts_keep)
+
+
+# %% ../nbs/44_teacher.ipynb #d5e1c50c
 def _choose(n: int, size: int, *purpose: str | int) -> torch.Tensor:
     "`n` indices below `size` from the random stream of one purpose."
     return torch.randint(size, (n,), generator=generator("training", *purpose))
 
 
+# %% ../nbs/44_teacher.ipynb #5682c64f
 def target_samples(
     cache: ImageCache,
     hood: Neighborhood,

@@ -14,15 +14,17 @@ __all__ = [
     "erase",
 ]
 
-# %% ../nbs/45_trainer.ipynb #68eb8068
+# %% ../nbs/45_trainer.ipynb #be307e53
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import StableDiffusionPipeline
+from fastcore.basics import patch
 from pydantic import Field
 
+# %% ../nbs/45_trainer.ipynb #17232a1f
 from . import losses
 from .core import fingerprint, generator
 from .diffusion.pipeline import encode_prompts, predict_noise
@@ -34,7 +36,7 @@ from .neighborhood import Neighborhood
 from .teacher import TeacherCache, build_teacher_cache, load_or_build
 
 
-# %% ../nbs/45_trainer.ipynb #91a35744
+# %% ../nbs/45_trainer.ipynb #5b53ee32
 class FadeRecipe(BaseRecipe):
     "Everything that fixes an erasure with FADE, except the concepts and the seed."
 
@@ -51,43 +53,49 @@ class FadeRecipe(BaseRecipe):
     guidance: float = 1.0  # λ_guid
     delta: float = 1.0  # δ
     unit: Literal["relative", "absolute"] = "relative"  # of δ
-    # of the form `paper`
-    neighbors: int = Field(8, ge=1)  # neighbor samples a step
+    neighbors: int = Field(8, ge=1)  # neighbor samples a step (form `paper`, to `images`)
     anchors: int = Field(4, ge=0)  # anchor samples a step; the paper has none
     neighbors_per_sample: int = Field(2, ge=0)  # compared with a target sample; 0 for all K
     epochs: float = Field(4.0, ge=1)  # how often a target sample is used
     epochs_keep: float = Field(16.0, ge=1)  # how often a kept sample is used
     images: int = Field(25, ge=1)  # images of each concept that latents are taken from
-    # of the form `released`
-    trajectory: int = Field(30, ge=2)  # DDIM steps of a full trajectory
+    trajectory: int = Field(30, ge=2)  # DDIM steps of a full trajectory (form `released`)
     scale: float = 3.0  # its guidance scale
 
-    @property
-    def samples(self) -> int:
-        "Samples of a step that have a gradient."
-        return self.batch + self.neighbors + self.anchors
 
-    @property
-    def sample_counts(self) -> tuple[int, int, int]:
-        "How many samples of target, neighbors and anchors; at least one where a step has any."
-        of = (self.batch, self.epochs), (self.neighbors, self.epochs_keep)
-        of += ((self.anchors, self.epochs_keep),)
-        return tuple(max(min(1, n), round(self.steps * n / epochs)) for n, epochs in of)
-
-    def forwards(self, image: int, k: int) -> dict[str, int]:
-        "Expected sample-forwards by stage, a backward counted as two."
-        if self.form == "released":
-            each = (k + 4) * self.trajectory + k + 4 + 3 * (k + 1)
-            return {"training": self.steps * self.batch * round(each)}
-        target, *kept = self.sample_counts
-        compared = min(self.neighbors_per_sample or k, k)
-        return {
-            "images to train on": image * self.images * (k + 1),
-            "teacher predictions": target * (compared + 2) + sum(kept),
-            "training": 3 * self.steps * self.samples,
-        }
+# %% ../nbs/45_trainer.ipynb #7bbf5480
+@patch(as_prop=True)
+def samples(self: FadeRecipe) -> int:
+    "Samples of a step that have a gradient."
+    return self.batch + self.neighbors + self.anchors
 
 
+# %% ../nbs/45_trainer.ipynb #fd355eb3
+@patch(as_prop=True)
+def sample_counts(self: FadeRecipe) -> tuple[int, int, int]:
+    "How many samples of target, neighbors and anchors; at least one where a step has any."
+    of = (self.batch, self.epochs), (self.neighbors, self.epochs_keep)
+    of += ((self.anchors, self.epochs_keep),)
+    return tuple(max(min(1, n), round(self.steps * n / epochs)) for n, epochs in of)
+
+
+# %% ../nbs/45_trainer.ipynb #b5a61866
+@patch
+def forwards(self: FadeRecipe, image: int, k: int) -> dict[str, int]:
+    "Expected sample-forwards by stage, a backward counted as two."
+    if self.form == "released":
+        each = (k + 4) * self.trajectory + k + 4 + 3 * (k + 1)
+        return {"training": self.steps * self.batch * round(each)}
+    target, *kept = self.sample_counts
+    compared = min(self.neighbors_per_sample or k, k)
+    return {
+        "images to train on": image * self.images * (k + 1),
+        "teacher predictions": target * (compared + 2) + sum(kept),
+        "training": 3 * self.steps * self.samples,
+    }
+
+
+# %% ../nbs/45_trainer.ipynb #91a35744
 recipes = dict(
     paper={},
     released=dict(
@@ -104,12 +112,13 @@ recipes = dict(
 )
 
 
-# %% ../nbs/45_trainer.ipynb #b6b540ce
+# %% ../nbs/45_trainer.ipynb #b1460840
 def _at(step: int, size: int, n: int, device: torch.device) -> torch.Tensor:
     "Indices of a step's samples: consecutive, beginning again at the end."
     return (step * size + torch.arange(size, device=device)) % n
 
 
+# %% ../nbs/45_trainer.ipynb #b6b540ce
 def paper_loss(
     pipe: StableDiffusionPipeline,
     teacher: TeacherCache,
@@ -193,7 +202,7 @@ def released_loss(
     return loss
 
 
-# %% ../nbs/45_trainer.ipynb #2da3dd25
+# %% ../nbs/45_trainer.ipynb #25b37e9d
 def teacher_for(
     cache: ImageCache,
     hood: Neighborhood,
@@ -213,6 +222,7 @@ def teacher_for(
     return TeacherCache(**tensors, prompts_target=prompts[0], prompts_keep=prompts[1])
 
 
+# %% ../nbs/45_trainer.ipynb #a13cd25a
 def erase(
     cache: ImageCache,  # of the original model
     hood: Neighborhood,  # from `neighborhood`
@@ -237,4 +247,5 @@ def erase(
     return mesh, train_edit(mesh, loss, recipe, about, folder, **options)
 
 
+# %% ../nbs/45_trainer.ipynb #2da3dd25
 method = Method("fade", FadeRecipe, recipes, erase, load_mesh, authors="released")

@@ -30,7 +30,7 @@ __all__ = [
     "settings_for",
     "token_ids",
     "is_cut",
-    "require_whole",
+    "require_uncut",
     "encode_prompts",
     "predict_noise",
     "ForwardCounter",
@@ -52,7 +52,7 @@ __all__ = [
     "generate",
 ]
 
-# %% ../../nbs/20_pipeline.ipynb #8e028a26
+# %% ../../nbs/20_pipeline.ipynb #069860ed
 import inspect
 import logging
 import re
@@ -64,6 +64,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+# %% ../../nbs/20_pipeline.ipynb #ab5b91fd
 import diffusers
 import torch
 import transformers
@@ -75,11 +76,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 
+# %% ../../nbs/20_pipeline.ipynb #8e028a26
 from fade.core import (
     FadeError,
     data_path,
@@ -100,11 +103,12 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-# %% ../../nbs/20_pipeline.ipynb #253ec308
+# %% ../../nbs/20_pipeline.ipynb #4ab4f48a
 pipeline_classes = (StableDiffusionPipeline,)
 part_classes = dict(unet=UNet2DConditionModel, vae=AutoencoderKL, text_encoder=CLIPTextModel)
 
 
+# %% ../../nbs/20_pipeline.ipynb #253ec308
 def require_local(
     source: str | Path,  # a diffusers folder or hub id
 ) -> None:
@@ -220,7 +224,7 @@ def part_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
             yield f"has weights of {other.pop()} in its {part}: load it in float32 or bfloat16"
 
 
-# %% ../../nbs/20_pipeline.ipynb #3f18169a
+# %% ../../nbs/20_pipeline.ipynb #b7b408a9
 unet_inputs = {  # options of a U-Net, and the input that each stands for
     "time_cond_proj_dim": "a guidance scale as input, as models distilled to few steps do",
     "encoder_hid_dim_type": "images or projected prompts as input (pipe.unload_ip_adapter() helps)",
@@ -231,6 +235,7 @@ unet_inputs = {  # options of a U-Net, and the input that each stands for
 }
 
 
+# %% ../../nbs/20_pipeline.ipynb #3f18169a
 def unet_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
     "What the U-Net needs that is not given to it."
     config, channels = pipe.unet.config, pipe.vae.config.latent_channels
@@ -255,7 +260,7 @@ def unet_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
         yield f"has a U-Net for prompts of width {dims} and a text encoder of {width}: correct one"
 
 
-# %% ../../nbs/20_pipeline.ipynb #655fe5da
+# %% ../../nbs/20_pipeline.ipynb #a73b59e6
 def tokenizer_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
     "Where the tokenizer does not fit the text encoder."
     tokenizer, encoder = pipe.tokenizer, pipe.text_encoder
@@ -272,6 +277,7 @@ def tokenizer_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
         yield f"has a tokenizer that splits its own words, such as '{words[-1]}': {again}"
 
 
+# %% ../../nbs/20_pipeline.ipynb #655fe5da
 def scheduler_problems(pipe: StableDiffusionPipeline) -> Iterator[str]:
     "Where the scheduler is not one of noise prediction."
     name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
@@ -352,10 +358,11 @@ def read_pipeline(
     return pipe
 
 
-# %% ../../nbs/20_pipeline.ipynb #cead5f8a
+# %% ../../nbs/20_pipeline.ipynb #e9560f45
 dtypes = "float32", "bfloat16", "float16"
 
 
+# %% ../../nbs/20_pipeline.ipynb #1f8710c8
 def require_device(
     device: str,  # such as `cpu`, `cuda:1` or `mps`
 ) -> None:
@@ -367,6 +374,7 @@ def require_device(
     require(found, f"There is no device '{device}' here: choose cpu, cuda or mps.")
 
 
+# %% ../../nbs/20_pipeline.ipynb #cead5f8a
 def load_pipeline(
     model: str | Path = "",  # a diffusers folder or hub id; the miniature when empty
     device: str = "",  # `default_device()` when empty
@@ -401,7 +409,7 @@ def merge_settings(
     return merged
 
 
-# %% ../../nbs/20_pipeline.ipynb #7b0570e6
+# %% ../../nbs/20_pipeline.ipynb #0c67343d
 class SamplerSettings(BaseModel):
     "The fields of `Sampler` that a model's folder recommends."
 
@@ -412,6 +420,7 @@ class SamplerSettings(BaseModel):
     batch: int = Field(32, ge=1, lt=2**31)
 
 
+# %% ../../nbs/20_pipeline.ipynb #b9879bc8
 class MethodSettings(BaseModel):
     "The recipes that a model's folder has for one method."
 
@@ -419,6 +428,7 @@ class MethodSettings(BaseModel):
     recipes: dict[str, dict[str, JsonValue]] = {}
 
 
+# %% ../../nbs/20_pipeline.ipynb #7b0570e6
 class ModelSettings(BaseModel):
     "The content of a model's `fade.json`."
 
@@ -443,7 +453,7 @@ def settings_for(
     return merge_settings(defaults, {**own, **files})
 
 
-# %% ../../nbs/20_pipeline.ipynb #dbbfca47
+# %% ../../nbs/20_pipeline.ipynb #2f647179
 def token_ids(
     pipe: StableDiffusionPipeline,
     prompt: str,
@@ -452,12 +462,14 @@ def token_ids(
     return pipe.tokenizer(pipe.maybe_convert_prompt(prompt, pipe.tokenizer)).input_ids
 
 
+# %% ../../nbs/20_pipeline.ipynb #3e83f4ff
 def is_cut(pipe: StableDiffusionPipeline, prompt: str) -> bool:
     "Whether the prompt has more tokens than the text encoder takes."
     return len(token_ids(pipe, prompt)) > pipe.tokenizer.model_max_length
 
 
-def require_whole(pipe: StableDiffusionPipeline, prompts: list[str]) -> None:
+# %% ../../nbs/20_pipeline.ipynb #37e5188b
+def require_uncut(pipe: StableDiffusionPipeline, prompts: list[str]) -> None:
     "Raise `FadeError` for a prompt that would be cut."
     cut = next((p for p in prompts if is_cut(pipe, p)), "")
     most = pipe.tokenizer.model_max_length
@@ -468,6 +480,7 @@ def require_whole(pipe: StableDiffusionPipeline, prompts: list[str]) -> None:
     )
 
 
+# %% ../../nbs/20_pipeline.ipynb #dbbfca47
 @torch.no_grad()
 def encode_prompts(
     pipe: StableDiffusionPipeline,
@@ -510,10 +523,11 @@ class ForwardCounter:
         return self.forwards - self.padding + self.cached
 
 
-# %% ../../nbs/20_pipeline.ipynb #6563b9e5
+# %% ../../nbs/20_pipeline.ipynb #bd75437d
 active_counters: WeakKeyDictionary[nn.Module, list[ForwardCounter]] = WeakKeyDictionary()
 
 
+# %% ../../nbs/20_pipeline.ipynb #6563b9e5
 @contextmanager
 def count_forwards(
     pipe: StableDiffusionPipeline,
@@ -535,7 +549,7 @@ def count_forwards(
         hook.remove()
 
 
-# %% ../../nbs/20_pipeline.ipynb #aec03d2a
+# %% ../../nbs/20_pipeline.ipynb #edae905e
 def note_cached_forwards(
     pipe: StableDiffusionPipeline,
     n: int,  # sample-forwards saved, such as images × `Sampler.forwards`
@@ -545,6 +559,7 @@ def note_cached_forwards(
         counter.cached += n
 
 
+# %% ../../nbs/20_pipeline.ipynb #7c1b3486
 def note_padding_forwards(
     pipe: StableDiffusionPipeline,
     n: int,  # sample-forwards of copies
@@ -554,6 +569,7 @@ def note_padding_forwards(
         counter.padding += n
 
 
+# %% ../../nbs/20_pipeline.ipynb #aec03d2a
 def note_probe_forwards(
     pipe: StableDiffusionPipeline,
     n: int,  # sample-forwards that only check the pipeline
@@ -563,7 +579,7 @@ def note_probe_forwards(
         counter.forwards -= n
 
 
-# %% ../../nbs/20_pipeline.ipynb #5f6a9783
+# %% ../../nbs/20_pipeline.ipynb #6929c923
 def signal_levels(
     pipe: StableDiffusionPipeline,
 ) -> torch.Tensor:  # $\bar\alpha_t$, `(T,)`, on the pipeline's device
@@ -571,6 +587,7 @@ def signal_levels(
     return DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod.to(pipe.device)
 
 
+# %% ../../nbs/20_pipeline.ipynb #5f6a9783
 def add_noise(
     x0: torch.Tensor,  # clean latents, `(n,4,h,w)`
     eps: torch.Tensor,  # noise, `(n,4,h,w)`
@@ -581,7 +598,7 @@ def add_noise(
     return level.sqrt() * x0 + (1 - level).sqrt() * eps
 
 
-# %% ../../nbs/20_pipeline.ipynb #86ba17ba
+# %% ../../nbs/20_pipeline.ipynb #32666f52
 def scheduler_class(
     name: str,
 ) -> type[SchedulerMixin]:
@@ -594,6 +611,7 @@ def scheduler_class(
     return kind
 
 
+# %% ../../nbs/20_pipeline.ipynb #e220644e
 @dataclass(frozen=True)
 class Sampler:
     "How images are generated."
@@ -603,24 +621,29 @@ class Sampler:
     scheduler: str = ""  # a diffusers scheduler class; the pipeline's own when empty
     batch: int = 32  # images at a time
 
-    @property
-    def forwards(self) -> int:
-        "Sample-forwards of the U-Net for one image."
-        return self.steps * (1 if self.guidance_scale == 1 else 2)
 
-    def scheduler_for(self, pipe: StableDiffusionPipeline) -> SchedulerMixin:
-        "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
-        kind = scheduler_class(self.scheduler) if self.scheduler else type(pipe.scheduler)
-        try:
-            scheduler = kind.from_config(pipe.scheduler.config)
-            scheduler.set_timesteps(self.steps, device=pipe.device)
-        except Exception as e:  # every scheduler has limits and defects of its own
-            raise FadeError(
-                f"{kind.__name__} cannot make {self.steps} steps of this model "
-                f"({str(e).splitlines()[0]}): correct its scheduler_config.json, or choose "
-                "another scheduler or number of steps."
-            ) from e
-        return scheduler
+# %% ../../nbs/20_pipeline.ipynb #5036db70
+@patch(as_prop=True)
+def forwards(self: Sampler) -> int:
+    "Sample-forwards of the U-Net for one image."
+    return self.steps * (1 if self.guidance_scale == 1 else 2)
+
+
+# %% ../../nbs/20_pipeline.ipynb #17ff2857
+@patch
+def scheduler_for(self: Sampler, pipe: StableDiffusionPipeline) -> SchedulerMixin:
+    "A fresh scheduler with its timesteps set. Raises `FadeError` for an unknown class."
+    kind = scheduler_class(self.scheduler) if self.scheduler else type(pipe.scheduler)
+    try:
+        scheduler = kind.from_config(pipe.scheduler.config)
+        scheduler.set_timesteps(self.steps, device=pipe.device)
+    except Exception as e:  # every scheduler has limits and defects of its own
+        raise FadeError(
+            f"{kind.__name__} cannot make {self.steps} steps of this model "
+            f"({str(e).splitlines()[0]}): correct its scheduler_config.json, or choose "
+            "another scheduler or number of steps."
+        ) from e
+    return scheduler
 
 
 # %% ../../nbs/20_pipeline.ipynb #b818507e
