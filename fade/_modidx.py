@@ -426,6 +426,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                            'fade.loop.fit': ('loop.html#fit', 'fade/loop.py'),
                            'fade.loop.onecycle': ('loop.html#onecycle', 'fade/loop.py'),
                            'fade.loop.require_finite_loss': ('loop.html#require_finite_loss', 'fade/loop.py'),
+                           'fade.loop.require_gradients': ('loop.html#require_gradients', 'fade/loop.py'),
                            'fade.loop.restarts': ('loop.html#restarts', 'fade/loop.py'),
                            'fade.loop.warmup': ('loop.html#warmup', 'fade/loop.py')},
             'fade.losses': { 'fade.losses.adjacency': ('losses.html#adjacency', 'fade/losses.py'),

@@ -11,6 +11,7 @@ __all__ = [
     "constant",
     "restarts",
     "TrainingState",
+    "require_gradients",
     "require_finite_loss",
     "fit",
 ]
@@ -145,17 +146,14 @@ def update(
     lr: float,  # learning rate of this step
     accelerator: Accelerator,
     clip: float = 0.0,  # largest gradient norm; 0 for no clipping
+    check: Callable | None = None,  # gets the parameters and their gradients
 ) -> None:
     "Make one optimizer step and record its terms."
     for group in self.opt.param_groups:
         group["lr"] = lr
     accelerator.backward(terms["loss"])
-    idle = [n for n, p in self.params.items() if p.grad is None]
-    require(
-        not idle,
-        f"{len(idle)} of {len(self.params)} trained weights get no gradient, such as "
-        f"{next(iter(idle), '')}: what they belong to takes no part in the model's output.",
-    )
+    if check:
+        check(self.params)
     if clip:
         accelerator.clip_grad_norm_(self.params.values(), clip)
     self.opt.step()
@@ -166,6 +164,16 @@ def update(
 
 
 # %% ../nbs/03_loop.ipynb #8b1aabdc
+def require_gradients(params: dict[str, nn.Parameter]) -> None:
+    "Raise `FadeError` unless every weight has a gradient; called between backward and step."
+    idle = [n for n, p in params.items() if p.grad is None]
+    require(
+        not idle,
+        f"{len(idle)} of {len(params)} trained weights get no gradient, such as "
+        f"{next(iter(idle), '')}: what they belong to takes no part in the model's output.",
+    )
+
+
 def require_finite_loss(loss: torch.Tensor, step: int, lr: float, checkpoint: Path | None) -> None:
     "Raise `FadeError` unless the loss is finite."
     kept = checkpoint and checkpoint.exists()
@@ -190,6 +198,7 @@ def fit(
     every: float = 60.0,  # seconds between checkpoints
     about: Any = None,  # what distinguishes this run from others, anything JSON can hold
     desc: str = "training",  # on the progress bar
+    check: Callable | None = None,  # gets the parameters with their gradients at each step
 ) -> list[dict]:  # a row for each step: `step`, `lr` and every term
     "Train or resume. Raises `FadeError` at a loss that is not finite; the last checkpoint stays."
     state, accelerator = TrainingState(model, lr, weight_decay, ema), Accelerator()
@@ -204,7 +213,7 @@ def fit(
         while state.step < steps:
             rate, terms = lr * schedules[schedule](state.step, steps), loss(state.step)
             require_finite_loss(terms["loss"], state.step, lr, checkpoint)
-            state.update(terms, rate, accelerator, clip)
+            state.update(terms, rate, accelerator, clip, check)
             bar.update()
             bar.set_postfix(loss=f"{state.history[-1]['loss']:.4f}", refresh=False)
             if checkpoint and (time.monotonic() - saved > every or state.step == steps):

@@ -38,7 +38,7 @@ from safetensors import safe_open
 from .concepts import ConceptSet
 from .core import FadeError, edit_file, edit_files, fingerprint, require
 from .diffusion.pipeline import merge_settings, settings_for
-from .loop import fit
+from .loop import fit, require_gradients
 from .mesh import load_mesh, other_kind
 from .weights import load_weight_edit
 
@@ -271,6 +271,7 @@ def train_edit(
     gradient; then the edit is detached, and the last good checkpoint stays."""
     checkpoint = Path(folder) / "checkpoint.safetensors" if folder else ""
     options = dict(checkpoint=checkpoint, every=every, about=fingerprint(about), desc=desc)
+    options["check"] = require_gradients  # a layer without one is not in the model's output
     shape = (recipe.steps, recipe.lr, recipe.schedule, weight_decay, clip)
     try:
         require_float32(edit.params.values())
