@@ -155,7 +155,7 @@ def require_free_name(
     require(
         not any(m.merged for m in layers),
         "The pipeline's LoRAs are fused, and another would have no effect: call "
-        "pipe.unfuse_lora() first.",
+        "pipe.unfuse_lora() first, or pipe.unload_lora_weights(), which keeps what is fused.",
     )
 
 

@@ -423,6 +423,20 @@ def fused_and_unloaded(place):
 
 
 @fault("not in effect")
+def a_users_lora_that_is_fused(place):
+    pipe = load_pipeline()
+    style = attach(pipe, name="style")
+    style.layers["mid_block.attentions.0.proj_in"].lora_B["style"].weight.data += 1
+    pipe.fuse_lora()
+    with pytest.raises(FadeError, match="unload_lora_weights"):
+        attach(pipe)
+    pipe.unload_lora_weights()
+    with pytest.raises(FadeError, match="not what they were"):
+        style.detach()
+    assert attach(pipe).detach() is pipe
+
+
+@fault("not in effect")
 def another_unet_in_the_pipeline(place):
     pipe = load_pipeline()
     edit = load_edit(pipe, place.finished)

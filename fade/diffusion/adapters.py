@@ -152,7 +152,7 @@ def eager() -> Any:
 def unet_probe(pipe: StableDiffusionPipeline) -> torch.Tensor:  # `(1,4,h,w)`
     "The U-Net's prediction for fixed inputs of at most 16×16 latents; it is not counted."
     unet, g = pipe.unet, generator("probe")
-    size, d = min(16, unet.config.sample_size), unet.config.cross_attention_dim
+    size, d = min(16, unet.config.sample_size), pipe.text_encoder.config.hidden_size
     x = torch.randn(1, unet.config.in_channels, size, size, generator=g)
     c = torch.randn(1, 8, d, generator=g)
     x, c = (v.to(pipe.device, unet.dtype) for v in (x, c))
