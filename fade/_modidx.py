@@ -542,6 +542,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'fade.metrics.quality': ('metrics.html#quality', 'fade/metrics.py'),
                               'fade.metrics.scores': ('metrics.html#scores', 'fade/metrics.py'),
                               'fade.metrics.ship_original': ('metrics.html#ship_original', 'fade/metrics.py'),
+                              'fade.metrics.target_prediction': ('metrics.html#target_prediction', 'fade/metrics.py'),
                               'fade.metrics.with_interval': ('metrics.html#with_interval', 'fade/metrics.py')},
             'fade.miniature.training': { 'fade.miniature.training.Captions': ('miniature.html#captions', 'fade/miniature/training.py'),
                                          'fade.miniature.training.Captions.__init__': ( 'miniature.html#captions.__init__',

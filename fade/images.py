@@ -24,6 +24,7 @@ from fade.core import (
     save_tensors,
     seed_for,
     set_aside,
+    tensors_fingerprint,
 )
 from fade.diffusion.pipeline import (
     Sampler,
@@ -39,7 +40,7 @@ from fade.diffusion.pipeline import (
 )
 
 from .concepts import prompt, templates
-from .diffusion.adapters import model_fingerprint
+from .diffusion.adapters import added_tensors, model_fingerprint
 from .diffusion.identity import differing_parts, identify, pipeline_probe
 from .vision.features import Phi
 
@@ -62,6 +63,7 @@ class ImageCache:
         require_supported(pipe)
         require_promises(pipe)
         self.model = model_fingerprint(pipe, adapters=True)
+        self.added = tensors_fingerprint(added_tensors(pipe.unet))
         self.probe = pipeline_probe(pipe, self.sampler)
         self.description, self.pipeline = identify(pipe, self.sampler, self.probe)
 
@@ -141,11 +143,13 @@ def store(self: ImageCache, purpose: str, concept: str, kind: str, rows: torch.T
 def require_same(self: ImageCache) -> None:
     "Raise `FadeError` unless the pipeline is as it was when the cache was made."
     now = pipeline_probe(self.pipe, self.sampler)
-    other = " and the ".join(differing_parts(self.pipe, self.probe, now))
+    other = differing_parts(self.pipe, self.probe, now)
+    if tensors_fingerprint(added_tensors(self.pipe.unet)) != self.added:
+        other.append("set of adapters")
     require(
         not other,
-        f"The {other} changed since this cache was made (an edit, a LoRA, other weights, another "
-        "scheduler): disable or detach what was added, or make a new ImageCache.",
+        f"The {' and the '.join(other)} changed since this cache was made (an edit, a LoRA, other "
+        "weights, another scheduler): disable or detach what was added, or make a new ImageCache.",
     )
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "accuracy",
     "quality",
     "scores",
+    "target_prediction",
     "evaluate",
     "ship_original",
 ]
@@ -25,9 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from fade.diffusion.pipeline import (
+    decode,
+    encode_prompts,
+    initial_noise,
+    note_probe_forwards,
+    predict_noise,
+    settings_for,
+)
+
 from .concepts import prompt
 from .core import generator, logger, require, save_tensors
-from .diffusion.pipeline import decode, settings_for
+from .diffusion.adapters import eager
 from .images import ImageCache
 from .neighborhood import Neighborhood
 from .vision.classifier import Classifier, ZeroShotClassifier, wilson_interval
@@ -126,7 +136,13 @@ def choose_classifier(
 # %% ../nbs/60_metrics.ipynb #650a8878
 def classifier_kind(cache: ImageCache, classifier: Any) -> str:
     "What a classification depends on, beside the image: a kind of `ImageCache.rows`."
-    return f"{classifier.kind} {classifier.content} {cache.phi_kind}"
+    content = getattr(classifier, "content", "")
+    require(
+        content,
+        "The classifier has no `content`, a text that changes with whatever changes its output: "
+        "add one, as fade.vision.classifier.ImageClassifier describes.",
+    )
+    return f"{classifier.kind} {content} {cache.phi_kind}"
 
 
 # %% ../nbs/60_metrics.ipynb #e653e605
@@ -227,6 +243,16 @@ def scores(before: dict, after: dict, groups: dict, cache: ImageCache, classifie
     )
 
 
+# %% ../nbs/60_metrics.ipynb #7715918b
+def target_prediction(cache: ImageCache, hood: Neighborhood) -> torch.Tensor:  # `(1,4,h,w)`
+    "The U-Net's prediction for noise and the target's prompt; it is not counted."
+    pipe, text = cache.pipe, prompt(hood.target, cache.template)
+    x = initial_noise(pipe, [generator("probe")]).to(pipe.device, pipe.unet.dtype)
+    note_probe_forwards(pipe, 1)
+    with torch.no_grad(), eager():
+        return predict_noise(pipe, x, 500, encode_prompts(pipe, [text]))
+
+
 # %% ../nbs/60_metrics.ipynb #46193ce4
 def evaluate(
     cache: ImageCache,  # of the original model
@@ -249,12 +275,12 @@ def evaluate(
     concepts = sum(groups.values(), [])
     with edit.disabled():
         before = classify_images(cache, concepts, n, classifier)
+        original = target_prediction(cache, hood)
     with edit.merged():
         # the erased model has a cache of its own: its weights have another fingerprint
         erased = ImageCache(cache.pipe, cache.sampler, cache.template, cache.phi, cache.seed)
-        same = torch.equal(erased.probe["U-Net"], cache.probe["U-Net"])
         require(
-            not same or edit.norm() == 0,
+            not torch.equal(target_prediction(cache, hood), original) or edit.norm() == 0,
             f"The edit '{edit.name}' changes nothing: attach it again, or train it.",
         )
         after = classify_images(erased, concepts, n, classifier)

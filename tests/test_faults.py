@@ -48,7 +48,7 @@ from fade.core import (
     save_json,
 )
 from fade.diffusion.adapters import lora_layers
-from fade.diffusion.identity import identify, pipeline_probe
+from fade.diffusion.identity import differing_parts, identify, pipeline_probe
 from fade.diffusion.pipeline import (
     Sampler,
     encode_prompts,
@@ -63,7 +63,7 @@ from fade.diffusion.pipeline import (
 from fade.figures import image_grid, literal, save_figure
 from fade.images import ImageCache
 from fade.mesh import attach, load_mesh, lora_targets
-from fade.method import load_edit, recipe_for, train_edit
+from fade.method import get_method, load_edit, recipe_for, train_edit
 from fade.metrics import evaluate
 from fade.neighborhood import Neighborhood, neighborhood
 from fade.report import load_record, read_runs
@@ -420,6 +420,17 @@ def fused_and_unloaded(place):
     with pytest.raises(FadeError, match="not what they were"):
         edit.detach()
     generate(pipe, ["a dog"], [0])
+
+
+@fault("not in effect")
+def a_gated_edit_that_the_probe_does_not_notice(place):
+    pipe = load_pipeline()
+    cache, hood = ImageCache(pipe), Neighborhood.load(place.finished / "neighborhood.json")
+    spm, _ = get_method("spm").erase(cache, hood, recipe_for(pipe, method="spm", steps=1))
+    assert not differing_parts(pipe, cache.probe, pipeline_probe(pipe, cache.sampler))
+    with pytest.raises(FadeError, match="set of adapters changed"):
+        cache.latents("evaluation", few[:1], 1)
+    assert evaluate(cache, spm, hood, n=1)["a_er"]["n"] == 1
 
 
 @fault("not in effect")
