@@ -425,6 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as e:
         error = f"The system reports: {e}; check the path, its permissions and the free space."
+    except UnicodeEncodeError as e:
+        error = f"{e.object!r} is not text: write it in UTF-8."
     line = " ".join(error.splitlines()).encode("utf-8", "backslashreplace").decode()
     print(f"fade: {line}", file=sys.stderr)
     return 2

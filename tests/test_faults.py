@@ -500,6 +500,12 @@ def changed_miniature(place):
 short = ("--k", "2", "--n", "1", "--set", "images=2", "--steps", "3")
 
 
+@fault("traceback")
+def a_path_that_is_not_text(place):
+    place.refuses("no concept set", "erase", "crimson daisy", "--candidates", "\udd00")
+    place.refuses("not text", "share", place.run(), "--out", "\udd00")
+
+
 @fault("told apart")
 def another_model_under_the_same_name(place):
     words = ("erase", "crimson daisy", *short, "--out", place.run())
