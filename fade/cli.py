@@ -236,8 +236,7 @@ def erase_command(a: argparse.Namespace) -> None:
     names += ("superclass", "shortlist", "device", "dtype", "classifier")
     options = {name: getattr(a, name) for name in names}
     overrides = read_overrides(a.set, a.steps)
-    target, _ = find_target(a.target, a.candidates, a.superclass, not a.model)
-    out = a.out or default_out(a.method, target)
+    out = a.out or default_out(a.method, find_target(a.target, a.candidates, "", not a.model)[0])
     run(RunConfig(**options, out=out, overrides=overrides, score=not a.no_score))
 
 

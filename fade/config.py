@@ -19,6 +19,7 @@ from .core import data_path, require
 from .diffusion.adapters import model_fingerprint
 from .diffusion.pipeline import load_pipeline, settings_for
 from .method import BaseRecipe, Validated, get_method, recipe_for
+from .neighborhood import candidate_names
 from .report import read_record
 from .vision.classifier import Classifier
 
@@ -147,12 +148,7 @@ def resolve_config(config: RunConfig) -> Resolved:
     model = config.model or data_path("miniature")
     recipe = recipe_for(model, config.recipe, config.method, **config.overrides)
     recipe.check(target, concepts)
-    others = len(concepts.besides(target))
-    require(
-        1 <= config.k < others,
-        f"K is {config.k}, but there are {others} candidates beside the target: "
-        f"choose K from 1 to {others - 1}.",
-    )
+    candidate_names(target, concepts, config.k)
     resolved = Resolved(config, target, concepts, recipe)
     return Resolved(config, target, concepts, recipe, _finished(resolved))
 

@@ -33,6 +33,7 @@ __all__ = [
     "in_batches",
     "fingerprint",
     "tensors_fingerprint",
+    "not_finite",
 ]
 
 # %% ../nbs/00_core.ipynb #a73a3a8e
@@ -431,3 +432,11 @@ def tensors_fingerprint(
         if not x.is_meta:  # a meta tensor has a shape and no data
             digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+# %% ../nbs/00_core.ipynb #7bb15671
+def not_finite(
+    tensors: dict[str, torch.Tensor],  # by name
+) -> str:
+    "The name of a tensor with a value that is not finite; empty where there is none."
+    return next((n for n, x in tensors.items() if not x.float().isfinite().all()), "")

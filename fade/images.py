@@ -40,7 +40,7 @@ from fade.diffusion.pipeline import (
 )
 
 from .concepts import prompt, templates
-from .diffusion.adapters import added_tensors, model_fingerprint
+from .diffusion.adapters import added_tensors
 from .diffusion.identity import differing_parts, identify, pipeline_probe
 from .vision.features import Phi
 
@@ -62,7 +62,6 @@ class ImageCache:
         self.seed, self._phi, self._shipped = seed, phi, None
         require_supported(pipe)
         require_promises(pipe)
-        self.model = model_fingerprint(pipe, adapters=True)
         self.added = tensors_fingerprint(added_tensors(pipe.unet))
         self.probe = pipeline_probe(pipe, self.sampler)
         self.description, self.pipeline = identify(pipe, self.sampler, self.probe)

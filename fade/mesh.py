@@ -69,7 +69,7 @@ from fade.diffusion.adapters import (
 )
 
 # %% ../nbs/40_mesh.ipynb #c5bcb320
-from .core import FadeError, atomic_write, edit_files, require, seed_for
+from .core import FadeError, atomic_write, edit_files, not_finite, require, seed_for
 from .diffusion.pipeline import require_supported
 
 # %% ../nbs/40_mesh.ipynb #da1f2f75
@@ -328,7 +328,6 @@ def save(
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
     "Write the mesh at its present strength, as a LoRA file that plain diffusers loads."
-    require(self.layers, "The mesh was detached, so it has no weights: save it before.")
     self.require_promised()
     self.about = {**self.about, **about}
     state = get_peft_model_state_dict(self.unet, adapter_name=self.name)
@@ -370,7 +369,7 @@ def require_shapes(
         f"and this U-Net needs {needed[0]} and {needed[1]}.",
     )
     require(
-        A.float().isfinite().all() and B.float().isfinite().all(),
+        not not_finite({"A": A, "B": B}),
         f"The {what} has values in '{layer}' that are not finite: download or train it again.",
     )
 

@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from safetensors import safe_open
 
 from .concepts import ConceptSet
-from .core import FadeError, edit_file, edit_files, fingerprint, require
+from .core import FadeError, edit_file, edit_files, fingerprint, not_finite, require
 from .diffusion.pipeline import merge_settings, settings_for
 from .loop import fit, require_gradients
 from .mesh import load_mesh, other_kind
@@ -280,9 +280,9 @@ def train_edit(
             "In float16 small gradients are lost: load the model in bfloat16 or float32.",
         )
         history = fit(module or edit.unet, loss, *shape, **options)
-        finite = all(p.isfinite().all() for p in edit.params.values())
         require(
-            finite, f"The trained weights are not finite: lower the learning rate ({recipe.lr})."
+            not not_finite(edit.params),
+            f"The trained weights are not finite: lower the learning rate ({recipe.lr}).",
         )
     except BaseException:
         edit.detach()

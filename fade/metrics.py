@@ -30,14 +30,12 @@ from fade.diffusion.pipeline import (
     decode,
     encode_prompts,
     initial_noise,
-    note_probe_forwards,
-    predict_noise,
     settings_for,
 )
 
 from .concepts import prompt
 from .core import generator, logger, require, save_tensors
-from .diffusion.adapters import eager
+from .diffusion.adapters import predict_uncounted
 from .images import ImageCache
 from .neighborhood import Neighborhood
 from .vision.classifier import Classifier, ZeroShotClassifier, wilson_interval
@@ -248,9 +246,7 @@ def target_prediction(cache: ImageCache, hood: Neighborhood) -> torch.Tensor:  #
     "The U-Net's prediction for noise and the target's prompt; it is not counted."
     pipe, text = cache.pipe, prompt(hood.target, cache.template)
     x = initial_noise(pipe, [generator("probe")]).to(pipe.device, pipe.unet.dtype)
-    note_probe_forwards(pipe, 1)
-    with torch.no_grad(), eager():
-        return predict_noise(pipe, x, 500, encode_prompts(pipe, [text]))
+    return predict_uncounted(pipe, x, 500, encode_prompts(pipe, [text]))
 
 
 # %% ../nbs/60_metrics.ipynb #46193ce4

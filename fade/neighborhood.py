@@ -174,7 +174,7 @@ def shortlist(
 
 # %% ../nbs/31_neighborhood.ipynb #5397dcf0
 def require_distinct(cache: ImageCache, names: list[str]) -> None:
-    "Raise `FadeError` for two names that the model reads as the same tokens, or cuts."
+    "Raise `FadeError` for two names that get the same tokens, or more than the model takes."
     prompts = {c: prompt(c, cache.template) for c in names}
     require_uncut(cache.pipe, [*prompts.values()])
     seen: dict[tuple, str] = {}
@@ -182,8 +182,8 @@ def require_distinct(cache: ImageCache, names: list[str]) -> None:
         first = seen.setdefault(tuple(token_ids(cache.pipe, text)), c)
         require(
             first == c,
-            f"This model reads '{first}' and '{c}' as the same tokens, so it cannot tell them "
-            "apart: leave one out, or choose names that it knows.",
+            f"The tokenizer gives '{first}' and '{c}' the same tokens, so the model cannot tell "
+            "them apart: leave one out, or choose names that it knows.",
         )
 
 

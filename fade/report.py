@@ -306,7 +306,7 @@ def load_run(
     folder: str | Path,  # a run folder
     kind: type[EditedModel] = RunRecord,  # what its record has to contain
 ) -> tuple[dict, Neighborhood]:  # its record and its neighborhood
-    "What a finished run says of itself. Raises `FadeError` where its files are of several runs."
+    "What a finished run recorded. Raises `FadeError` where its files are of several runs."
     record, file = require_finished_run(folder, kind), Path(folder) / "neighborhood.json"
     hood = Neighborhood.load(file)
     near = [o["name"] for o in record.get("neighbors", [])]
@@ -323,9 +323,9 @@ def _row(record: dict, folder: Path) -> dict:
     "A record as a row of a table."
     empty = dict.fromkeys(("value", "low", "high", "original", "n"), np.nan)
     scores = {
-        (name if k == "value" else f"{name}_{k}"): v
+        (name if k == "value" else f"{name}_{k}"): (record[name] or empty)[k]
         for name in score_names
-        for k, v in ((k, (record[name] or empty)[k]) for k in empty)
+        for k in empty
     }
     return dict(
         method=record["method"],

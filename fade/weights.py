@@ -31,12 +31,11 @@ from fade.diffusion.adapters import (
     ModelState,
     active_edits,
     edit_registry,
-    parts_that_run,
     require_finite_strength,
     require_same_model,
 )
 
-from .core import edit_files, load_tensors, require, save_tensors
+from .core import edit_files, load_tensors, not_finite, require, save_tensors
 from .diffusion.pipeline import require_supported
 
 # %% ../nbs/41_weights.ipynb #24c38737
@@ -93,16 +92,17 @@ class WeightEdit(Edit):
         registry = edit_registry(self.unet)
         registry.active[name], registry.replaced[name] = {}, set(self.layers)
 
+    idle_when_off = False  # then the same modules have the originals
+
+    def parts(self) -> list[nn.Module]:
+        "The modules whose weights are edited."
+        edited = set(self.layers.values())
+        return [m for m in self.unet.modules() if edited & {*m.parameters(recurse=False)}]
+
     def problem(self) -> str:
         "Why the edit is not in effect as promised; empty where it is."
-        if problem := super().problem():
-            return problem
-        owners = {p: m for m in self.unet.modules() for p in m.parameters(recurse=False)}
-        if any(p not in owners for p in self.layers.values()):
-            return "its weights are no longer in the U-Net"
-        modules = list(dict.fromkeys(owners[p] for p in self.layers.values()))
-        idle = len(modules) - parts_that_run(self.pipe, modules)
-        return f"{idle} of its {len(modules)} layers take no part in a forward" if idle else ""
+        gone = not set(self.layers.values()) <= set(self.unet.parameters())
+        return super().problem() or ("its weights are no longer in the U-Net" if gone else "")
 
 
 # %% ../nbs/41_weights.ipynb #ec46ef6f
@@ -209,7 +209,6 @@ def save(
     **about: Any,  # metadata, anything JSON can hold
 ) -> None:
     "Write the edited weights, at the present strength."
-    require(self.layers, "The edit was detached, so it has no weights: save it before.")
     self.require_promised()
     self.about = {**self.about, **about}
     save_tensors(path, self.scaled(), self.about)
@@ -231,7 +230,7 @@ def require_weights_fit(
         tensors and not wrong,
         f"The edit {path} does not fit this model: {problem}; load the model it was made for.",
     )
-    bad = next((n for n, v in tensors.items() if not v.float().isfinite().all()), "")
+    bad = not_finite(tensors)
     require(
         not bad,
         f"The edit {path} has values in '{bad}' that are not finite: download or train it again.",

@@ -235,12 +235,6 @@ def double_attention(pipe):
     attention.set_processor(lambda *args, **options: 2 * processor(*args, **options))
 
 
-def switched_off(pipe):
-    with_adapter(pipe.unet, ["to_q"])
-    pipe.unet.peft_config = {"other": LoraConfig()}
-    pipe.unet._hf_peft_config_loaded = True
-
-
 @fault("remembered images")
 def whatever_moves_an_image_has_another_key(place):
     def scheduler(**options):
@@ -283,13 +277,13 @@ def what_moves_no_image_keeps_the_key(place):
         for m in lora_layers(pipe.unet).values():
             m.enable_adapters(False)
 
-    def one_thread(pipe):
+    def channels_last(pipe):
         pipe.unet.to(memory_format=torch.channels_last)
 
     changes = {
         "loaded from a copy": lambda p: p.register_to_config(_name_or_path="elsewhere"),
         "LoRA switched off": new_adapter_off,
-        "memory format": one_thread,
+        "memory format": channels_last,
         "progress bar": lambda p: p.set_progress_bar_config(disable=False),
         "compiled": lambda p: p.unet.compile(backend="eager"),
     }
@@ -473,7 +467,7 @@ def a_free_prompt_beyond_the_limit(place):
 def names_that_the_tokenizer_does_not_know(place):
     with patch("fade.neighborhood.token_ids", lambda pipe, text: [0, "owl" in text, 1]):
         place.refuses(
-            "reads 'crimson daisy' and 'golden daisy' as the same tokens",
+            "gives 'crimson daisy' and 'golden daisy' the same tokens",
             *look,
         )
 
@@ -836,9 +830,11 @@ def a_strength_is_saved_again_or_refused(place):
     pipe.set_adapters("fade", {"unet": {"down": 0.25, "mid": 0.5, "up": 2.0}})
     with pytest.raises(FadeError, match="not set by set_scale"):
         mesh.save("again.safetensors")
-    mesh.detach()
-    with pytest.raises(FadeError, match="detached"):
-        mesh.save("again.safetensors")
+    edits = [mesh, WeightEdit(pipe, "attn2"), Erasers(pipe)]
+    for edit in reversed(edits):
+        edit.detach()
+        with pytest.raises(FadeError, match="detached"):
+            edit.save("again.safetensors")
 
 
 @fault("half a file")

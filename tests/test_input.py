@@ -83,11 +83,13 @@ def place(tmp_path, monkeypatch):
     def stop(*args, **options):
         raise FadeError("Everything was good.")
 
-    for module in (fade.run, fade.diffusion.pipeline, fade.tools.share):
+    for module in (fade.run, fade.diffusion.pipeline):
         monkeypatch.setattr(module, "load_pipeline", stop)
     monkeypatch.setattr(fade.tools.sweep, "submit_runs", stop)
     known = record["model"]["fingerprint"]
-    monkeypatch.setattr(fade.tools.share, "miniature_fingerprint", lambda dtype: known)
+    monkeypatch.setattr(
+        fade.tools.share, "content_of", lambda model, dtype: stop() if model else known
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FADE_CACHE", str(tmp_path / "cache"))
     return tmp_path

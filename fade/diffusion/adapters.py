@@ -15,6 +15,7 @@ __all__ = [
     "added_tensors",
     "model_fingerprint",
     "eager",
+    "predict_uncounted",
     "unet_probe",
     "parts_that_run",
     "close",
@@ -40,7 +41,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..core import generator, require, tensors_fingerprint
-from .pipeline import note_probe_forwards
+from .pipeline import note_probe_forwards, predict_noise
 
 
 # %% ../../nbs/21_adapters.ipynb #39e44860
@@ -51,7 +52,7 @@ def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
 
 def selected_adapters(unet: nn.Module) -> list[str]:
     "Names of the adapters that are in effect unless adapters are switched off."
-    return next((list(m.active_adapters) for m in lora_layers(unet).values()), [])
+    return next((list(m.active_adapters) for m in unet.modules() if isinstance(m, LoraLayer)), [])
 
 
 def active_adapters(unet: nn.Module) -> list[str]:
@@ -62,8 +63,9 @@ def active_adapters(unet: nn.Module) -> list[str]:
 
 def set_active_adapters(unet: nn.Module, names: list[str]) -> None:
     "Put these adapters in effect and no others; their scales and gradients stay as they are."
-    for m in lora_layers(unet).values():
-        m._active_adapter = list(names)
+    for m in unet.modules():
+        if isinstance(m, LoraLayer):
+            m._active_adapter = list(names)
 
 
 # %% ../../nbs/21_adapters.ipynb #522a16a7
@@ -149,6 +151,18 @@ def eager() -> Any:
 
 
 @torch.no_grad()
+def predict_uncounted(
+    pipe: StableDiffusionPipeline,
+    x: torch.Tensor,  # latents, `(n,4,h,w)`
+    t: torch.Tensor | int,  # timesteps
+    embeds: torch.Tensor,  # prompt embeddings, `(n,L,d)`
+) -> torch.Tensor:  # `(n,4,h,w)`
+    "`predict_noise` for a check of the pipeline: uncompiled, and in no count of forwards."
+    note_probe_forwards(pipe, len(x))
+    with eager():
+        return predict_noise(pipe, x, t, embeds)
+
+
 def unet_probe(pipe: StableDiffusionPipeline) -> torch.Tensor:  # `(1,4,h,w)`
     "The U-Net's prediction for fixed inputs of at most 16×16 latents; it is not counted."
     unet, g = pipe.unet, generator("probe")
@@ -156,9 +170,7 @@ def unet_probe(pipe: StableDiffusionPipeline) -> torch.Tensor:  # `(1,4,h,w)`
     x = torch.randn(1, unet.config.in_channels, size, size, generator=g)
     c = torch.randn(1, 8, d, generator=g)
     x, c = (v.to(pipe.device, unet.dtype) for v in (x, c))
-    note_probe_forwards(pipe, 1)
-    with eager():
-        eps = unet(x, 500, encoder_hidden_states=c, return_dict=False)[0]
+    eps = predict_uncounted(pipe, x, 500, c)
     return eps if eps.is_meta else eps.float().cpu()
 
 
@@ -186,7 +198,7 @@ def close(
 
 
 class ModelState:
-    "A U-Net as it is now: gradient flags, adapters, edits, weights, answer to the probe."
+    "A U-Net as it is now: gradient flags, adapters, edits, weights, prediction for the probe."
 
     def __init__(self, pipe: StableDiffusionPipeline):
         unet = pipe.unet
@@ -220,6 +232,7 @@ class Edit:
     "What all edits of a U-Net share."
 
     state = "on"  # or `off` or `merged`, inside the blocks of those names
+    idle_when_off = True  # whether `parts` take part in a forward only while the edit is on
     strength = 1.0
 
     def register(self, pipe: StableDiffusionPipeline, name: str, before: ModelState) -> None:
@@ -228,7 +241,7 @@ class Edit:
         edit_registry(pipe.unet).attached[name] = self
 
     def parts(self) -> list[nn.Module]:
-        "Modules that take part in every forward while the edit is on, and in none otherwise."
+        "Modules that take part in every forward while the edit is on."
         return []
 
     def problem(self) -> str:
@@ -237,15 +250,28 @@ class Edit:
             return "the pipeline has another U-Net now"
         parts = self.parts()
         ran = parts_that_run(self.pipe, parts) if parts else 0
-        if self.state == "on" and ran < len(parts):
+        off = self.state != "on" and self.idle_when_off
+        if not off and ran < len(parts):
             return f"{len(parts) - ran} of its {len(parts)} layers take no part in a forward"
-        return "it is disabled and takes part in a forward" if self.state != "on" and ran else ""
+        return "it is disabled and takes part in a forward" if off and ran else ""
 
 
 # %% ../../nbs/21_adapters.ipynb #3a5abe13
 @patch
+def require_attached(self: Edit) -> None:
+    "Raise `FadeError` for an edit that was detached."
+    attached = edit_registry(self.unet).attached.get(self.name) is self
+    require(
+        attached,
+        f"The edit '{self.name}' was detached, so it has no weights: load it again, or save it "
+        "before.",
+    )
+
+
+@patch
 def require_promised(self: Edit) -> None:
-    "Raise `FadeError` unless the edit is in effect, or disabled, as promised."
+    "Raise `FadeError` unless the edit is attached and in effect, or disabled, as promised."
+    self.require_attached()
     problem = self.problem()
     require(
         not problem,

@@ -35,14 +35,17 @@ from fade.core import (
     set_aside,
     tensors_fingerprint,
 )
+from fade.diffusion.adapters import (
+    added_tensors,
+    base_weights,
+    close,
+    eager,
+    predict_uncounted,
+)
 from fade.diffusion.pipeline import (
     Sampler,
     encode_prompts,
-    note_probe_forwards,
-    predict_noise,
 )
-
-from .adapters import added_tensors, base_weights, close, eager
 
 
 # %% ../../nbs/25_identity.ipynb #4b1f48f5
@@ -55,11 +58,10 @@ def pipeline_probe(
     config, g = pipe.unet.config, generator("probe")
     shape = (2, config.in_channels, config.sample_size, config.sample_size)
     noise = torch.randn(shape, generator=g).to(pipe.device, pipe.unet.dtype)
-    note_probe_forwards(pipe, 2)
+    t = torch.tensor([900, 100], device=pipe.device)
     with eager():
         embeds = encode_prompts(pipe, ["a photo of a dog"])
-        t = torch.tensor([900, 100], device=pipe.device)
-        eps = predict_noise(pipe, noise, t, embeds.expand(2, -1, -1))
+        eps = predict_uncounted(pipe, noise, t, embeds.expand(2, -1, -1))
         z = noise[:1].to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
         pixels = pipe.vae.decode(z, return_dict=False)[0]
     steps = [scheduler_step(pipe, sampler, noise[:1].float(), i) for i in (0, -1)]

@@ -173,7 +173,7 @@ def save_kohya(
     metadata: dict[str, Any] | None = None,  # the header; see `kohya_header` when left out
 ) -> None:
     "Write a mesh at its present strength as a kohya file. Raises `FadeError` for a detached one."
-    require(mesh.layers, "The mesh was detached, so it has no weights: save it before.")
+    mesh.require_attached()
     dtypes, tensors = getattr(mesh, "kohya", {}).get("dtypes", {}), {}
     for n, m in mesh.layers.items():
         layer = dict(
@@ -222,7 +222,7 @@ def lora_factors(
     if not isinstance(source, Mesh):
         layers = read_kohya(source)[0].items()
         return {n: (o["down"], o["up"], o["alpha"].item() / len(o["down"])) for n, o in layers}
-    require(source.layers, "The mesh was detached, so it has no weights: measure it before.")
+    source.require_attached()
     name = source.name
     return {
         n: (m.lora_A[name].weight, m.lora_B[name].weight, m.scaling[name])

@@ -34,7 +34,6 @@ __all__ = [
     "local_path",
     "check_folder",
     "require_whole_edit",
-    "miniature_fingerprint",
     "require_base",
     "base_license",
     "require_empty",
@@ -48,7 +47,6 @@ import json
 import re
 import shlex
 import shutil
-from functools import lru_cache
 from importlib.metadata import files
 from pathlib import Path
 from typing import Any
@@ -66,14 +64,14 @@ from fade.core import (
     load_json,
     load_tensors,
     logger,
+    not_finite,
     require,
     require_space,
     save_json,
 )
 
 from ..concepts import prompt
-from ..diffusion.adapters import model_fingerprint
-from ..diffusion.pipeline import load_pipeline
+from ..config import content_of
 from ..method import get_method, read_edit_metadata
 from ..neighborhood import Neighborhood
 from ..report import require_finished_run
@@ -519,7 +517,7 @@ def require_whole_edit(
     tensors, _ = load_tensors(file)
     again = "erase again, in another folder."
     require(tensors, f"{file} holds no weights: {again}")
-    broken = next((k for k, v in tensors.items() if not v.isfinite().all()), "")
+    broken = not_finite(tensors)
     require(not broken, f"{file} has numbers in '{broken}' that are not finite: {again}")
     about, model = read_edit_metadata(file), record["model"]["fingerprint"]
     for field, here in (("method", record["method"]), ("model", model)):
@@ -539,12 +537,6 @@ def require_whole_edit(
 
 
 # %% ../../nbs/82_share.ipynb #10b558af
-@lru_cache
-def miniature_fingerprint(dtype: str) -> str:
-    "The fingerprint of the miniature that ships with fade."
-    return model_fingerprint(load_pipeline(dtype=dtype))
-
-
 def require_base(
     record: dict[str, Any],  # a run's
     model: str,  # the base model's hub id; empty for the miniature
@@ -552,7 +544,7 @@ def require_base(
     "Raise `FadeError` unless the run was made on the model that the card will name."
     name, made = record["model"]["name"], record["model"]["fingerprint"]
     dtype = record["model"].get("dtype", "float32")
-    shipped = name == "miniature" and made == miniature_fingerprint(dtype)
+    shipped = name == "miniature" and made == content_of("", dtype)
     remedy = "give its hub id (--model), such as CompVis/stable-diffusion-v1-4."
     changed = "a changed model that is also called" if name == "miniature" else "the model"
     require(model or shipped, f"The run is of {changed} {name}: {remedy}")
@@ -561,7 +553,7 @@ def require_base(
     what = f"The run is of the model {name} ({made}), and not of {model}"
     require(not shipped, f"{what}: leave --model out for the miniature that ships with fade.")
     try:
-        other = model_fingerprint(load_pipeline(model, dtype=dtype))
+        other = content_of(model, dtype)
     except FadeError as e:
         raise FadeError(f"{what}, as far as can be told ({e}): {remedy}") from e
     require(other == made, f"{what} ({other}): {remedy}")
